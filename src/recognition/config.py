@@ -1,0 +1,448 @@
+"""
+Settings from `recognition.toml`, the environment and the command line, made into rules.
+
+Later ones win: defaults, file, environment, arguments. What is written here is checked here, with
+the place where it was written; nothing behind this file reads a file or a variable. It never
+prints a URL with its password.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from difflib import get_close_matches
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from recognition.attribution import DAY, AttributionRules, Policy
+from recognition.errors import ConfigurationError
+from recognition.events import BOTS, FORMATS, Format, parse_paths
+from recognition.identity import IdentityRules
+from recognition.layouts import Columns, Layout, layout_named, single_table
+from recognition.rules import References, Rules, Supersede, TableRules
+
+#: Read where no other is named, if it is there.
+DEFAULT_FILE = Path("recognition.toml")
+
+PREFIX = "RECOGNITION_"
+
+# Not settings: the file's name, and what this project's own tests are told.
+_RESERVED = re.compile(r"RECOGNITION_(CONFIG|TEST_.*)")
+
+
+def _split(value: Any) -> Any:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+Words = Annotated[tuple[str, ...], BeforeValidator(_split)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class IdentifierTable(_Table):
+    """One `[[identifiers]]`: a type of known identifier. A type that exists already is changed."""
+
+    type: Annotated[str, Field(pattern=r"[a-z][a-z0-9_]{0,62}")]
+    """What it is called. New types come after `user_id`, `email` and `phone`, in this order."""
+    paths: Words = ()
+    """Where it is found, for example `traits.account`; the first path that exists wins, after those
+    of the format. None, for a new type: the trait of its name."""
+    unique: bool | None = None
+    """Whether a person has at most one. Only `user_id` is unique where nothing is said."""
+    lower: bool | None = None
+    """Whether its case means nothing. Only that of `email` does not where nothing is said."""
+
+
+class LayoutTable(_Table):
+    """`[layout]`: one table that holds the rows of all events, with columns of your own."""
+
+    table: str
+    """The table, with its schema where it has one: `analytics.events`."""
+    id: str = Columns().id
+    """The column of the message id."""
+    anonymous_id: str = Columns().anonymous_id
+    """The column of the anonymous id."""
+    user_id: str = Columns().user_id
+    """The column of the user that the event itself named."""
+    time: str = Columns().time
+    """The column of the event's own time."""
+    trait: str | None = Columns().trait
+    """The columns of traits; `{}` stands for the trait's name in snake case."""
+    event_type: str | None = Columns().event_type
+    """The column of the event's type; written by `--load` alone."""
+    name: str | None = Columns().name
+    """The column of the name of a track, page or screen; written by `--load` alone."""
+
+
+class TableTable(_Table):
+    """`[tables.<name>]`: what is kept and compared for one table, where it differs."""
+
+    references: References | None = None
+    """As the setting of the same name."""
+    supersede: Supersede | None = None
+    """As the setting of the same name."""
+
+
+class FormatTable(_Table):
+    """`[format]`: where the parts of an event are found; alternatives, the first that exists."""
+
+    base: str | None = None
+    """A built-in format whose paths stand where none are given here."""
+    message_id: Words = ()
+    """Needed, here or in the base."""
+    time: Words = ()
+    """Needed, here or in the base. A time without a zone is UTC."""
+    type: Words = ()
+    """The event's type; without a path every event is of type `event`."""
+    anonymous_id: Words = ()
+    """The device or browser."""
+    user_id: Words = ()
+    """The user; more known identifiers are `[[identifiers]]`."""
+    traits: Words = ()
+    """Objects whose scalar members are traits of the user."""
+    previous_id: Words = ()
+    """The id that was used before, in an `alias`."""
+    name: Words = ()
+    """The name of a track, page or screen."""
+    table: Words = ()
+    """A table that the event itself chooses."""
+    user_agent: Words = ()
+    """What the bot filter looks at."""
+
+
+class Settings(_Table):
+    """Everything that can be set."""
+
+    workspace: Annotated[str, Field(min_length=1, max_length=255)] = "default"
+    """The isolation key: nothing is ever linked across two workspaces."""
+    graph: Annotated[str, Field(repr=False)] = "sqlite:///recognition.db"
+    """The URL of the graph: `sqlite:///path` or `memory://`."""
+    sink: Annotated[str | None, Field(repr=False)] = None
+    """The URL of the sink. Without one, updates stay in the graph's outbox."""
+    policy: Policy = Policy.DEVICE_SPLIT
+    """Who owns the events of a shared device."""
+    lookback_days: Annotated[int, Field(ge=0, le=36500)] = 30
+    """How many days a claim reaches back before its own time."""
+    layout: str | LayoutTable = "segment-single-table"
+    """Where the rows of an event live: a name, or a table `[layout]`."""
+    target_column: str | None = None
+    """The column that receives the owner; where nothing is said, the layout's user column."""
+    traits: Words = ()
+    """The traits that an update sets beside the user, for example `email`."""
+    references: References = References.IDS
+    """Whether message ids and times are kept, so that an update can name its rows one by one."""
+    supersede: Supersede = Supersede.AUTO
+    """How it is known that a row holds what recognition wrote, so that it may change again."""
+    tables: dict[str, TableTable] = {}
+    """The last two for tables that differ."""
+    identifiers: tuple[IdentifierTable, ...] = ()
+    """More types of known identifiers, and changes to the built-in ones."""
+    max_identifiers: Annotated[int, Field(ge=1)] = IdentityRules().max_identifiers
+    """The most identifiers that one person may have; a link beyond them is refused and counted."""
+    blocked: Words = ()
+    """Values that never identify anybody, beside the built-in ones; any case."""
+    blocked_patterns: Words = ()
+    """Regular expressions of such values; they match the whole value."""
+    bots: str | None = None
+    """A regular expression of user agents to skip; empty: none. Unset: the built-in one."""
+    format: str | FormatTable | None = None
+    """How events are written: `segment`, `jitsu-classic`, `snowplow`, `flat`, or a table
+    `[format]`; unset: known from each event by its keys."""
+    batch_size: Annotated[int, Field(ge=1, le=100_000)] = 1000
+    """How many events are handled in one step, which is one transaction of the graph."""
+    retention_days: Annotated[int, Field(ge=1)] | None = None
+    """How many days message references are kept; unset: for good."""
+
+
+def load_settings(
+    arguments: Mapping[str, object], environ: Mapping[str, str], file: Path | None = None
+) -> Settings:
+    """
+    Put all sources together. Reads one file at most, and writes nothing.
+
+    Args:
+        arguments: By the names of the settings; ``None`` means not given.
+        environ: Usually ``os.environ``.
+        file: The file to read; ``None``: what ``RECOGNITION_CONFIG`` names, else `DEFAULT_FILE`
+            where there is one.
+
+    Raises:
+        ConfigurationError: A key is unknown (the nearest known one is named), or a value is wrong.
+            The text says where it was written, never what the value was.
+    """
+    merged: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    path = file or (Path(environ[f"{PREFIX}CONFIG"]) if f"{PREFIX}CONFIG" in environ else None)
+    if path is not None or DEFAULT_FILE.exists():
+        path = path or DEFAULT_FILE
+        merged = _read_file(path)
+        _refuse_unknown(merged, Settings, lambda keys: f"{path}: {'.'.join(keys)}")
+        sources = dict.fromkeys(merged, str(path))
+    for variable, keys, value in _read_environment(environ):
+        _refuse_unknown(_nest(keys, value), Settings, _variable)
+        _merge(merged, keys, value)
+        sources[keys[0]] = variable
+    for key, given in arguments.items():
+        if given is not None:
+            merged[key] = given
+            sources[key] = f"--{key.replace('_', '-')}"
+    try:
+        return Settings.model_validate(merged)
+    except ValidationError as exc:
+        reasons = [
+            f"{sources[str(error['loc'][0])]}: {'.'.join(map(str, error['loc']))}: {error['msg']}"
+            for error in exc.errors(include_input=False, include_url=False)
+        ]
+        raise ConfigurationError("; ".join(reasons)) from None
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigurationError(f"{path} cannot be read: {exc}") from exc
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigurationError(f"{path} is not TOML: {exc}") from exc
+
+
+def _read_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, list[str], Any]]:
+    """Triples of the variable's name, the keys that it stands for, and its value."""
+    for variable, text in sorted(environ.items()):
+        if variable.startswith(PREFIX) and not _RESERVED.fullmatch(variable):
+            value: Any = text
+            if text.lstrip().startswith(("[", "{")):
+                try:
+                    value = json.loads(text)
+                except ValueError:
+                    value = text  # a regular expression may begin like this
+            yield variable, variable.removeprefix(PREFIX).lower().split("__"), value
+
+
+def _variable(keys: list[str]) -> str:
+    return PREFIX + "__".join(keys).upper()
+
+
+def _nest(keys: list[str], value: Any) -> dict[str, Any]:
+    for key in reversed(keys[1:]):
+        value = {key: value}
+    return {keys[0]: value}
+
+
+def _merge(into: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        if not isinstance(into.get(key), dict):
+            into[key] = {}
+        into = into[key]
+    into[keys[-1]] = value
+
+
+def _refuse_unknown(
+    found: Mapping[str, Any], model: type[BaseModel], name: Callable[[list[str]], str]
+) -> None:
+    """Refuse the first key that the model does not have; ``name`` says how keys are written."""
+    for keys, key, known in _unknown_keys(found, model, []):
+        near = get_close_matches(key.lower(), known, n=1, cutoff=0.5)
+        help = (
+            f"the nearest known one is {name([*keys, near[0]])}"
+            if near
+            else f"known are {', '.join(known)}"
+        )
+        raise ConfigurationError(f"{name([*keys, key])} is unknown; {help}")
+
+
+def _unknown_keys(
+    found: Mapping[str, Any], model: type[BaseModel], above: list[str]
+) -> Iterator[tuple[list[str], str, list[str]]]:
+    for key, value in found.items():
+        field = model.model_fields.get(key)
+        if field is None:
+            yield above, key, list(model.model_fields)
+            continue
+        table = _table_in(field.annotation)
+        if table is None:
+            continue
+        if isinstance(value, list):
+            tables = [([*above, key], item) for item in value]
+        elif get_origin(field.annotation) is dict and isinstance(value, Mapping):
+            tables = [([*above, key, name], item) for name, item in value.items()]
+        else:
+            tables = [([*above, key], value)]
+        for place, item in tables:
+            if isinstance(item, Mapping):
+                yield from _unknown_keys(item, table, place)
+
+
+def _table_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_table_in, get_args(annotation))), None)
+
+
+def build_rules(settings: Settings, *, stamps: bool) -> Rules:
+    """
+    The rules that the settings say.
+
+    Args:
+        settings: What was read.
+        stamps: Whether the rows are written from what the recognizer returns.
+
+    Raises:
+        ConfigurationError: Two settings contradict each other, or a name is unknown.
+    """
+    default = TableRules(references=settings.references, supersede=settings.supersede)
+    try:
+        return Rules(
+            workspace=settings.workspace,
+            attribution=AttributionRules(
+                policy=settings.policy, lookback=settings.lookback_days * DAY
+            ),
+            identity=_build_identity(settings),
+            layout=_build_layout(settings.layout),
+            target_column=settings.target_column,
+            traits=settings.traits,
+            stamps=stamps,
+            default=default,
+            tables={
+                name: TableRules(
+                    references=table.references or settings.references,
+                    supersede=table.supersede or settings.supersede,
+                )
+                for name, table in settings.tables.items()
+            },
+        )
+    except ValueError as exc:
+        raise ConfigurationError(f"the settings contradict each other: {exc}") from exc
+
+
+def _build_identity(settings: Settings) -> IdentityRules:
+    default = IdentityRules()
+    known, unique, lowered = list(default.known), set(default.unique), set(default.lowered)
+    for identifier in settings.identifiers:
+        if identifier.type not in known:
+            known.append(identifier.type)
+        for flag, types in ((identifier.unique, unique), (identifier.lower, lowered)):
+            if flag is not None:
+                (types.add if flag else types.discard)(identifier.type)
+    return IdentityRules(
+        known=tuple(known),
+        unique=frozenset(unique),
+        lowered=frozenset(lowered),
+        max_identifiers=settings.max_identifiers,
+        blocked=frozenset(settings.blocked),
+        blocked_patterns=settings.blocked_patterns,
+    )
+
+
+def _build_layout(layout: str | LayoutTable) -> Layout:
+    if isinstance(layout, str):
+        return layout_named(layout)
+    columns = layout.model_dump()
+    return single_table("configured", columns.pop("table"), Columns(**columns))
+
+
+def build_format(settings: Settings) -> Format | Mapping[str, Format]:
+    """
+    How to read events: one format, or all built-in ones where each event shows its own.
+
+    Raises:
+        ConfigurationError: A format is unknown, or a path is none.
+    """
+    if settings.format is None:
+        return {label: _identifying(form, settings) for label, form in FORMATS.items()}
+    if isinstance(settings.format, str):
+        return _identifying(_format_named(settings.format), settings)
+    table = settings.format
+    paths = {key: parse_paths(given) for key, given in table.model_dump(exclude={"base"}).items()}
+    user_id = paths.pop("user_id")
+    base = _format_named(table.base) if table.base is not None else None
+    known = dict(base.known) if base else {}
+    if user_id:
+        known = {"user_id": user_id, **{k: p for k, p in known.items() if k != "user_id"}}
+    changed: dict[str, Any] = {key: given for key, given in paths.items() if given}
+    if base is not None:
+        form = replace(base, known=known, **changed)
+    else:
+        form = Format(label="configured", known=known, **{"message_id": (), "time": (), **changed})
+    return _identifying(form, settings)
+
+
+def _identifying(form: Format, settings: Settings) -> Format:
+    for identifier in settings.identifiers:
+        if identifier.paths:
+            form = form.with_known({identifier.type: identifier.paths})
+        elif identifier.type not in form.known:
+            form = form.with_identifying_traits([identifier.type])
+    return form
+
+
+def _format_named(label: str) -> Format:
+    try:
+        return FORMATS[label]
+    except KeyError:
+        known = ", ".join(FORMATS)
+        raise ConfigurationError(f"format {label!r} is unknown; there are: {known}") from None
+
+
+def build_bots(settings: Settings) -> re.Pattern[str] | None:
+    """
+    The user agents to skip; ``None``: none.
+
+    Raises:
+        ConfigurationError: It is no regular expression.
+    """
+    if settings.bots is None:
+        return BOTS
+    try:
+        return re.compile(settings.bots, re.IGNORECASE) if settings.bots else None
+    except re.error as exc:
+        raise ConfigurationError(f"bots is not a regular expression: {exc}") from exc
+
+
+def hide_password(url: str) -> str:
+    """The URL as it may be shown: without its password, and without secrets in its query."""
+    url = re.sub(r"(//[^/@:]*):.*@", r"\1:***@", url)
+    return re.sub(r"(?i)([?&][^=&]*(?:password|secret|token|key)[^=&]*=)[^&]*", r"\1***", url)
+
+
+def render_reference() -> str:
+    """All settings as Markdown, made from this file: the page `docs/configuration.md` holds it."""
+    parts = [_render_table("Settings", Settings)]
+    for title, table in (
+        ("`[[identifiers]]`", IdentifierTable),
+        ("`[format]`", FormatTable),
+        ("`[layout]`", LayoutTable),
+        ("`[tables.<name>]`", TableTable),
+    ):
+        parts.append(_render_table(title, table))
+    return "\n".join(parts)
+
+
+def _render_table(title: str, model: type[BaseModel]) -> str:
+    lines = [f"## {title}", "", "| key | default | meaning |", "| --- | --- | --- |"]
+    for key, field in model.model_fields.items():
+        if field.is_required():
+            default = "needed"
+        else:
+            default = "unset" if field.default is None else f"`{json.dumps(field.default)}`"
+        meaning = " ".join((field.description or "").split())
+        choices = _choices(field.annotation)
+        if choices:
+            meaning += f" One of {', '.join(f'`{choice}`' for choice in choices)}."
+        lines.append(f"| `{key}` | {default} | {meaning} |")
+    return "\n".join([*lines, ""])
+
+
+def _choices(annotation: Any) -> list[str]:
+    if isinstance(annotation, type) and issubclass(annotation, StrEnum):
+        return [choice.value for choice in annotation]
+    return [choice for argument in get_args(annotation) for choice in _choices(argument)]

@@ -1,0 +1,227 @@
+"""
+What is remembered: identifiers, persons, timelines, message references and the outbox.
+
+`Graph` is what everybody else sees; `open_graph` finds the right one for a URL. A graph never
+decides who somebody is (`recognition.identity`, `recognition.attribution`) and never talks to a
+warehouse: it makes a decision and the updates that follow from it durable in one step.
+"""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import NamedTuple, Protocol, Self, runtime_checkable
+
+from recognition.errors import MissingDependencyError, UnknownSchemeError
+from recognition.events import Identifier
+from recognition.graph import decisions
+from recognition.graph.decisions import Observation, Outcome, Owner, Receipt
+from recognition.graph.explaining import Explanation, explain
+from recognition.graph.store import Store
+from recognition.messages import UpdateByCriteria
+from recognition.rules import Rules
+
+__all__ = [
+    "Delivery",
+    "Explanation",
+    "Graph",
+    "GraphStats",
+    "Observation",
+    "Outcome",
+    "Owner",
+    "Receipt",
+    "StoredGraph",
+    "open_graph",
+]
+
+
+class Delivery(NamedTuple):
+    """An update on its way out, leased until it is acknowledged, returned or the lease ends."""
+
+    position: int
+    update: UpdateByCriteria
+    attempts: int
+    """How often it was leased before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphStats:
+    """Numbers of things that a graph holds, over all workspaces; ``bytes`` is its size on disk."""
+
+    anonymous_ids: int
+    identifiers: int
+    persons: int
+    claims: int
+    links: int
+    conflicts: int
+    references: int
+    pending_updates: int
+    dead_updates: int
+    bytes: int
+
+
+@runtime_checkable
+class Graph(Protocol):
+    """
+    What is remembered, shared by any number of recognizers.
+
+    Every call is one transaction: when it returns, all of it is durable; when it raises, nothing
+    of it happened. All times are microseconds since 1970-01-01 UTC.
+    """
+
+    def observe(self, rules: Rules, observations: Sequence[Observation]) -> Outcome:
+        """
+        Take a batch of one workspace in, decide, and put the updates that follow into the outbox.
+
+        The same batch a second time changes nothing and emits nothing.
+
+        Raises:
+            GraphUnavailableError: Locked or gone; nothing was written, a retry may help.
+            GraphReadOnlyError: Nothing was written.
+        """
+
+    def recheck(self, rules: Rules, receipt: Receipt) -> int:
+        """Emit updates for rows that were stamped with an owner who has changed since."""
+
+    def unlink(self, rules: Rules, one: Identifier, other: Identifier) -> int:
+        """Part two identifiers, or a device and an identifier, for good; gives updates emitted."""
+
+    def release(self, rules: Rules, anonymous_id: str, at: int) -> int:
+        """Take a device from everybody up to ``at``; gives the number of updates emitted."""
+
+    def forget(self, rules: Rules, identifier: Identifier, at: int) -> int:
+        """Erase a person up to ``at``; gives the number of updates emitted."""
+
+    def explain(self, rules: Rules, subject: Identifier | str) -> Explanation:
+        """Why an identifier, or a message (given by its id), belongs to its person."""
+
+    def lease_updates(self, limit: int, seconds: float) -> list[Delivery]:
+        """
+        Take up to ``limit`` updates out, oldest first, hidden from others for ``seconds``.
+
+        An update whose lease ended without an acknowledgement comes again.
+        """
+
+    def acknowledge(self, positions: Collection[int]) -> None:
+        """Those updates are applied. A position that is gone already is left alone."""
+
+    def return_updates(self, positions: Collection[int], reason: str, *, dead: bool) -> None:
+        """Give leases back; ``dead``: never lease them again, keep them with the reason."""
+
+    def dead_updates(self, limit: int) -> list[tuple[Delivery, str]]:
+        """Updates that were given up, oldest first, with the reason."""
+
+    def stats(self) -> GraphStats:
+        """Count what is there. Reads all of it: not for the hot path."""
+
+    def expire(self, before: int) -> int:
+        """Drop message references older than ``before``; gives the number of days dropped."""
+
+    def rehearse(self) -> Graph:
+        """A graph over this one that keeps all it writes to itself; close it when done."""
+
+    def close(self) -> None:
+        """Let go of what is open. The second time does nothing."""
+
+
+class StoredGraph(ABC):
+    """A graph that decides inside a transaction of its `Store`; the rest is up to the backend."""
+
+    @abstractmethod
+    def _transaction(self, workspace: str, *, write: bool = True) -> AbstractContextManager[Store]:
+        """One transaction: committed at the end, undone by an exception."""
+
+    def observe(self, rules: Rules, observations: Sequence[Observation]) -> Outcome:
+        """See `Graph.observe`."""
+        with self._transaction(rules.workspace) as store:
+            return decisions.observe(store, rules, observations)
+
+    def recheck(self, rules: Rules, receipt: Receipt) -> int:
+        """See `Graph.recheck`."""
+        with self._transaction(rules.workspace) as store:
+            return decisions.recheck(store, rules, receipt)
+
+    def unlink(self, rules: Rules, one: Identifier, other: Identifier) -> int:
+        """See `Graph.unlink`."""
+        with self._transaction(rules.workspace) as store:
+            return decisions.unlink(store, rules, one, other)
+
+    def release(self, rules: Rules, anonymous_id: str, at: int) -> int:
+        """See `Graph.release`."""
+        with self._transaction(rules.workspace) as store:
+            return decisions.release(store, rules, anonymous_id, at)
+
+    def forget(self, rules: Rules, identifier: Identifier, at: int) -> int:
+        """See `Graph.forget`."""
+        with self._transaction(rules.workspace) as store:
+            return decisions.forget(store, rules, identifier, at)
+
+    def explain(self, rules: Rules, subject: Identifier | str) -> Explanation:
+        """See `Graph.explain`."""
+        with self._transaction(rules.workspace, write=False) as store:
+            return explain(store, rules, subject)
+
+    def rehearse(self) -> Graph:
+        """See `Graph.rehearse`."""
+        from recognition.graph.memory import MemoryGraph
+
+        return MemoryGraph(below=self._reader)
+
+    @abstractmethod
+    def _reader(self, workspace: str) -> AbstractContextManager[Store]:
+        """A transaction that only reads, and sees one moment for as long as it is open."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """See `Graph.close`."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+_BUILT_IN = {
+    "memory": "recognition.graph.memory:MemoryGraph",
+    "sqlite": "recognition.graph.sqlite:SqliteGraph",
+}
+
+
+def open_graph(url: str, **options: object) -> Graph:
+    """
+    Open the graph that a URL names; it is made where there is none.
+
+    ``memory:`` keeps nothing, ``sqlite:///path`` is one file (``sqlite:////path`` absolute).
+    Others are found through the entry-point group ``recognition.graphs``: a class whose
+    ``from_url(url, **options)`` opens it.
+
+    Raises:
+        UnknownSchemeError: No such graph is installed; the text lists those that are.
+        MissingDependencyError: Its driver is not installed; the text has the command.
+    """
+    scheme = url.split(":", 1)[0].split("+", 1)[0].lower()
+    installed = {point.name: point for point in entry_points(group="recognition.graphs")}
+    if scheme in _BUILT_IN:
+        module, _, name = _BUILT_IN[scheme].partition(":")
+        opener = getattr(__import__(module, fromlist=[name]), name)
+    elif scheme in installed:
+        try:
+            opener = installed[scheme].load()
+        except ImportError as exc:
+            raise MissingDependencyError(
+                f'graph {scheme!r} needs: pip install "recognition[{scheme}]" ({exc.name})'
+            ) from exc
+    else:
+        names = sorted({*_BUILT_IN, *installed})
+        close = difflib.get_close_matches(scheme, names, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise UnknownSchemeError(
+            f"no graph is installed for the scheme {scheme!r}{hint}; there are: {', '.join(names)}"
+        )
+    graph: Graph = opener.from_url(url, **options)
+    return graph

@@ -1,0 +1,1181 @@
+"""
+What one batch changes: from observations to claims, links, spans and the updates they cause.
+
+Everything happens in the one transaction that a `Store` is: what is decided and the updates that
+follow become durable together, or not at all. Nothing here knows how a store keeps anything, and
+nothing is remembered between two calls.
+
+The order of work, the same for every decision:
+
+1. read what the batch touches: identifiers, links, claims;
+2. decide the persons anew where a link is new or earlier (`recognition.identity`);
+3. note what the rows of everybody concerned hold *before*;
+4. write; note what they hold *after*;
+5. compare the spans of every touched timeline (`recognition.attribution`): each difference becomes
+   updates, bounded by the references of the rows that are known to be there.
+
+Which update is right to send is said once, in `_emit_device` and `_emit_range`:
+
+* A row that names a user itself is never written, but into a column of recognition's own.
+* A row of an identified event that names no user (an email alone) looks anonymous to the table. A
+  range never includes the instant of such a row of somebody else; rows at that very instant are
+  named by message id.
+* A range holds for every anonymous row of the device in it, those that are still on their way
+  included: the span has one owner.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right, insort
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
+
+from recognition.attribution import (
+    BEGINNING,
+    END,
+    Change,
+    Claim,
+    Policy,
+    changes,
+    owner_at,
+    spans,
+)
+from recognition.errors import InputError
+from recognition.events import Identifier
+from recognition.graph.store import Known, Store, StoredLink, Trait
+from recognition.identity import Link, Seen, resolve
+from recognition.messages import (
+    VERSION_COLUMN,
+    Between,
+    Cause,
+    Criterion,
+    Empty,
+    Equals,
+    Messages,
+    UpdateByCriteria,
+    decide_id,
+)
+from recognition.rules import Rules, Supersede
+
+USER_ID = "user_id"
+
+# One update names at most this many messages (about 1 MB as JSON), so that a device of a million
+# events makes many messages of bounded size instead of one without bound.
+MAX_REFS = 10_000
+
+# Refused links keep identifiers in one component without making them one person; deciding a person
+# reads its whole component, so a component has a limit as well. A multiple of the person's.
+COMPONENT_FACTOR = 10
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_LAST = datetime(2262, 4, 11, tzinfo=UTC)
+_LAST_TIME = (_LAST - _EPOCH) // timedelta(microseconds=1)
+
+
+class Owner(NamedTuple):
+    """Whose row it is: the canonical id of the person, and the traits that the rules name."""
+
+    id: str
+    traits: tuple[str | int | float | bool | None, ...] = ()
+
+
+class Observation(NamedTuple):
+    """
+    One event, reduced to what the graph needs.
+
+    ``known`` is normalised, without blocked values, highest priority first; ``as_seen`` runs
+    beside it. ``names_user``: the event's own row holds a user id, so that it is never empty.
+    """
+
+    message_id: str
+    time: int
+    anonymous_id: str | None
+    known: tuple[Identifier, ...]
+    as_seen: tuple[str, ...]
+    names_user: bool
+    previous_id: str | None
+    tables: tuple[str, ...]
+    traits: Mapping[str, str | int | float | bool]
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a batch did to the graph; all are numbers of things, none is a rate."""
+
+    claims: int = 0
+    links: int = 0
+    conflicts: int = 0
+    """Links refused: two values of a unique type, or a limit."""
+    updates: int = 0
+
+
+class Receipt(NamedTuple):
+    """What was stamped on the rows of a batch; to be given back once they are visible."""
+
+    decision: int
+    observations: tuple[Observation, ...]
+    stamped: tuple[Owner | None, ...]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """The owners of a batch's events, in their order, and what became of the graph."""
+
+    owners: list[Owner | None]
+    sequence: int
+    """What stamped rows hold as their version: later than all updates before, earlier than all
+    after."""
+    receipt: Receipt
+    counts: Counts
+
+
+@dataclass(slots=True)
+class _Device:
+    """A timeline of the batch: its handle, and the claims around the batch's events."""
+
+    handle: int
+    claims: list[Claim] = field(default_factory=list)
+    fresh: bool = False
+
+
+def observe(store: Store, rules: Rules, observations: Sequence[Observation]) -> Outcome:
+    """
+    Take a batch in: remember it, decide, and emit the updates of what changed.
+
+    The same batch again changes nothing and emits nothing, but gives the same owners.
+    """
+    batch = _Decision(store, rules)
+    return batch.observe(observations)
+
+
+def recheck(store: Store, rules: Rules, receipt: Receipt) -> int:
+    """
+    Emit updates for rows whose owner changed between stamping and becoming visible.
+
+    Returns:
+        The number of updates.
+    """
+    if receipt.decision == store.decision():
+        return 0
+    batch = _Decision(store, rules)
+    return batch.recheck(receipt)
+
+
+def unlink(store: Store, rules: Rules, one: Identifier, other: Identifier) -> int:
+    """
+    Part two identifiers for good: neither what was seen nor what will be seen joins them again.
+
+    With an anonymous id and a known identifier, the device is taken from that identifier.
+
+    Returns:
+        The number of updates.
+    """
+    return _Decision(store, rules).unlink(one, other)
+
+
+def release(store: Store, rules: Rules, anonymous_id: str, at: int) -> int:
+    """
+    Take a device from everybody: what it did until ``at`` (or its last claim) is nobody's for good.
+
+    Returns:
+        The number of updates.
+    """
+    return _Decision(store, rules).release(anonymous_id, at)
+
+
+def forget(store: Store, rules: Rules, identifier: Identifier, at: int) -> int:
+    """
+    Erase a person. Its recognised rows become unknown and are never given to anybody else.
+
+    What arrives later, but happened until ``at`` (or the person's last claim), stays forgotten.
+
+    Returns:
+        The number of updates.
+    """
+    return _Decision(store, rules).forget(identifier, at)
+
+
+class _Decision:
+    """One decision in one transaction."""
+
+    def __init__(self, store: Store, rules: Rules) -> None:
+        self._store = store
+        self._rules = rules
+        self._counts = Counts()
+        self._updates: list[UpdateByCriteria] = []
+        self._tables: set[str] | None = None
+        self._after: dict[int, Owner] = {}
+        self._links: list[tuple[int, set[int], list[StoredLink]]] = []
+        self._now = datetime.now(UTC)
+
+    # ---------------------------------------------------------------- a batch of events
+
+    def observe(self, observations: Sequence[Observation]) -> Outcome:
+        store, rules = self._store, self._rules
+        identifiers = {i for o in observations for i in o.known}
+        identifiers.update(
+            Identifier(USER_ID, o.previous_id) for o in observations if o.previous_id is not None
+        )
+        forgotten = store.forgotten(identifiers) if identifiers else {}
+        if forgotten:
+            identifiers -= forgotten.keys()
+
+        seen: dict[Identifier, tuple[Seen, str]] = {}
+        links: dict[tuple[Identifier, Identifier, bool], tuple[int, str]] = {}
+        traits: dict[Identifier, dict[str, Trait]] = {}
+        claims: dict[str, list[tuple[int, str, Identifier | None, int, bool]]] = defaultdict(list)
+        ranges: dict[str, tuple[int, int]] = {}
+        living: list[Observation] = []
+
+        for given in observations:
+            o = given
+            if forgotten and o.known:
+                ends = [t for i in o.known if (t := forgotten.get(i, -1)) >= o.time]
+                if ends:
+                    if o.anonymous_id is not None:
+                        _widen(ranges, o.anonymous_id, o.time)
+                        claims[o.anonymous_id].append(
+                            (o.time, o.message_id, None, max(ends), not o.names_user)
+                        )
+                    o = o._replace(anonymous_id=None, known=(), as_seen=(), previous_id=None)
+            living.append(o)
+            if o.anonymous_id is not None:
+                _widen(ranges, o.anonymous_id, o.time)
+            if not o.known:
+                continue
+            sighting = Seen(False, o.time, o.message_id)
+            for identifier, value in zip(o.known, o.as_seen, strict=True):
+                if identifier not in seen or sighting < seen[identifier][0]:
+                    seen[identifier] = (sighting, value)
+            first = o.known[0]
+            for other in o.known[1:]:
+                _keep_earliest(links, first, other, False, o)
+            if o.previous_id is not None:
+                previous = Identifier(USER_ID, o.previous_id)
+                if previous != first:
+                    _keep_earliest(links, first, previous, True, o)
+                    before = (Seen(True, o.time, o.message_id), o.previous_id)
+                    if previous not in seen or before[0] < seen[previous][0]:
+                        seen[previous] = before
+                    # The previous id may have been a device's; if it was none, nothing is lost.
+                    claims[o.previous_id].append((o.time, o.message_id, first, END, False))
+                    _widen(ranges, o.previous_id, o.time)
+            if o.anonymous_id is not None:
+                claims[o.anonymous_id].append((o.time, o.message_id, first, END, not o.names_user))
+            for trait in rules.traits:
+                if trait in o.traits:
+                    latest = Trait(o.time, o.message_id, o.traits[trait])
+                    held = traits.setdefault(first, {})
+                    held[trait] = max(held.get(trait, latest), latest)
+
+        known = store.identifiers(identifiers) if identifiers else {}
+        handles, lowered = self._remember(seen, known)
+        persons = self._join(handles, known, lowered, links)
+        devices = self._devices(ranges, claims, living)
+        new_claims = self._new_claims(devices, claims, handles)
+        changed = self._new_traits(traits, handles)
+        fallback = next((o.message_id for o in living if o.known), None)
+        self._carry_out(devices, new_claims, persons, changed, fallback)
+
+        owners = self._owners(living, devices, handles)
+        if not rules.stamps:
+            self._write_rows(living, [None] * len(living), owners, devices, handles)
+        self._keep_references(living, devices, handles)
+        self._finish()
+        return Outcome(
+            owners,
+            self._store.next_sequence(),
+            Receipt(store.decision(), tuple(living), tuple(owners)),
+            self._counts,
+        )
+
+    def recheck(self, receipt: Receipt) -> int:
+        observations = receipt.observations
+        identifiers = {i for o in observations for i in o.known}
+        known = self._store.identifiers(identifiers) if identifiers else {}
+        handles = {identifier: held.handle for identifier, held in known.items()}
+        ranges: dict[str, tuple[int, int]] = {}
+        for o in observations:
+            if o.anonymous_id is not None:
+                _widen(ranges, o.anonymous_id, o.time)
+        devices = self._devices(ranges, {}, [])
+        owners = self._owners(observations, devices, handles)
+        self._write_rows(observations, receipt.stamped, owners, devices, handles)
+        self._finish()
+        return self._counts.updates
+
+    # ---------------------------------------------------------------- persons
+
+    def _remember(
+        self, seen: Mapping[Identifier, tuple[Seen, str]], known: Mapping[Identifier, Known]
+    ) -> tuple[dict[Identifier, int], dict[int, Seen]]:
+        """Handles of all identifiers of the batch, and the sightings that became earlier."""
+        new = {i: sighting for i, sighting in seen.items() if i not in known}
+        earlier = {
+            known[i].handle: sighting
+            for i, sighting in seen.items()
+            if i in known and sighting[0] < known[i].seen
+        }
+        handles = {identifier: held.handle for identifier, held in known.items()}
+        if new:
+            handles.update(self._store.add_identifiers(new))
+        if earlier:
+            self._store.see(earlier)
+        return handles, {handle: sighting for handle, (sighting, _) in earlier.items()}
+
+    def _join(
+        self,
+        handles: Mapping[Identifier, int],
+        known: Mapping[Identifier, Known],
+        lowered: Mapping[int, Seen],
+        links: Mapping[tuple[Identifier, Identifier, bool], tuple[int, str]],
+    ) -> dict[int, tuple[int, int]]:
+        """Persons to be changed by the batch's links: handle -> (component, canonical)."""
+        component_of = {held.handle: held.component for held in known.values()}
+        offered = [
+            StoredLink(handles[a], handles[b], alias, time, message_id, False, "")
+            for (a, b, alias), (time, message_id) in links.items()
+        ]
+        touched = {component_of.get(h, 0) for link in offered for h in (link.a, link.b)}
+        touched |= {component_of[handle] for handle in lowered}
+        touched.discard(0)
+        if not offered and not touched:
+            return {}
+        stored = self._store.links(touched) if touched else {}
+        present = {(s.a, s.b, s.alias): s for found in stored.values() for s in found}
+        fresh = []
+        for link in offered:
+            old = present.get((link.a, link.b, link.alias))
+            if old is None or (link.time, link.message_id) < (old.time, old.message_id):
+                fresh.append(link if old is None else link._replace(unlinked=old.unlinked))
+        resee = {component_of[handle] for handle in lowered} - {0}
+        if not fresh and not resee:
+            return {}
+        self._counts.links += sum((s.a, s.b, s.alias) not in present for s in fresh)
+        return self._regroup(stored, fresh, component_of, resee)
+
+    def _regroup(
+        self,
+        stored: Mapping[int, list[StoredLink]],
+        fresh: Sequence[StoredLink],
+        component_of: Mapping[int, int],
+        also: Collection[int] = (),
+    ) -> dict[int, tuple[int, int]]:
+        """Decide the components anew that fresh links touch, join or start."""
+        groups = _group(fresh, component_of, also)
+        persons: dict[int, tuple[int, int]] = {}
+        limit = COMPONENT_FACTOR * self._rules.identity.max_identifiers
+        for components, new in groups:
+            merged = {
+                (link.a, link.b, link.alias): link
+                for component in components
+                for link in stored.get(component, ())
+            }
+            before = dict(merged)
+            merged.update({(link.a, link.b, link.alias): link for link in new})
+            members = {handle for link in merged.values() for handle in (link.a, link.b)}
+            if len(members) > limit:
+                self._counts.conflicts += len(new)
+                continue
+            held = self._store.held(members)
+            names = {handle: identifier for handle, (identifier, _) in held.items()}
+            handle_of = {identifier: handle for handle, identifier in names.items()}
+            by_name = {_named(link, names): key for key, link in merged.items()}
+            result = resolve(
+                {identifier: known.seen for identifier, known in held.values()},
+                by_name,
+                self._rules.identity,
+            )
+            component = min(components, default=0) or min(members)
+            put = []
+            for link, key in by_name.items():
+                decided = merged[key]._replace(refused=result.refused.get(link, ""))
+                if decided != before.get(key):
+                    put.append(decided)
+                    was = before.get(key)
+                    if decided.refused in ("unique", "limit") and (was is None or not was.refused):
+                        self._counts.conflicts += 1
+            self._links.append((component, components - {component}, put))
+            for identifier, best in result.canonical.items():
+                handle = handle_of[identifier]
+                decision = (component, handle_of[best])
+                if decision != (held[handle][1].component, held[handle][1].canonical):
+                    persons[handle] = decision
+        return persons
+
+    def _new_traits(
+        self, traits: Mapping[Identifier, Mapping[str, Trait]], handles: Mapping[Identifier, int]
+    ) -> dict[int, dict[str, Trait]]:
+        """The traits that are later than those held, by handle."""
+        if not traits:
+            return {}
+        held = self._store.traits([handles[identifier] for identifier in traits])
+        newer: dict[int, dict[str, Trait]] = {}
+        for identifier, found in traits.items():
+            handle = handles[identifier]
+            later = {
+                name: trait
+                for name, trait in found.items()
+                if name not in held.get(handle, {}) or trait > held[handle][name]
+            }
+            if later:
+                newer[handle] = {**held.get(handle, {}), **later}
+        return newer
+
+    def _owners_of(self, handles: Iterable[int]) -> dict[int, Owner]:
+        """What the rows of these identifiers hold, as the store stands now."""
+        wanted = set(handles)
+        if not wanted:
+            return {}
+        held = self._store.held(wanted)
+        missing = {known.canonical for _, known in held.values()} - held.keys()
+        best = {**held, **self._store.held(missing)} if missing else held
+        traits = self._traits_of(held) if self._rules.traits else {}
+        return {
+            handle: Owner(best[known.canonical][0].value, traits.get(handle, ()))
+            for handle, (_, known) in held.items()
+        }
+
+    def _traits_of(
+        self, held: Mapping[int, tuple[Identifier, Known]]
+    ) -> dict[int, tuple[str | int | float | bool | None, ...]]:
+        """Of each person's traits the latest, over all of its identifiers."""
+        persons = {known.canonical for _, known in held.values()}
+        members: dict[int, set[int]] = {person: {person} for person in persons}
+        components = {known.component for _, known in held.values()} - {0}
+        if components:
+            ends = {
+                handle
+                for links in self._store.links(components).values()
+                for link in links
+                for handle in (link.a, link.b)
+            }
+            for handle, (_, known) in self._store.held(ends).items():
+                if known.canonical in members:
+                    members[known.canonical].add(handle)
+        traits = self._store.traits({h for group in members.values() for h in group})
+        latest: dict[int, tuple[str | int | float | bool | None, ...]] = {}
+        for person, group in members.items():
+            found = []
+            for name in self._rules.traits:
+                candidates = [traits[h][name] for h in group if name in traits.get(h, {})]
+                found.append(max(candidates).value if candidates else None)
+            latest[person] = tuple(found)
+        return {handle: latest[known.canonical] for handle, (_, known) in held.items()}
+
+    # ---------------------------------------------------------------- timelines
+
+    def _devices(
+        self,
+        ranges: Mapping[str, tuple[int, int]],
+        claims: Mapping[str, Collection[object]],
+        observations: Iterable[Observation],
+    ) -> dict[str, _Device]:
+        """
+        The timelines of a batch with the claims around its events.
+
+        New ones are made for anonymous ids that are claimed, or whose references are kept.
+        """
+        if not ranges:
+            return {}
+        keep = self._rules.keeps_references
+        wanted = set(claims)
+        wanted.update(
+            o.anonymous_id
+            for o in observations
+            if o.anonymous_id is not None and any(map(keep, o.tables))
+        )
+        known = self._store.timelines(ranges)
+        missing = wanted - known.keys()
+        devices = {value: _Device(held.handle) for value, held in known.items()}
+        if missing:
+            for value, handle in self._store.add_timelines(missing).items():
+                devices[value] = _Device(handle, fresh=True)
+        reach = (
+            self._rules.attribution.lookback
+            if self._rules.attribution.policy is Policy.LAST_LOGIN
+            else 0
+        )
+        windows = {
+            held.handle: (ranges[value][0], ranges[value][1] + reach)
+            for value, held in known.items()
+            if held.claimed
+        }
+        if windows:
+            found = self._store.claims(windows)
+            for device in devices.values():
+                device.claims = found.get(device.handle, [])
+        return devices
+
+    def _new_claims(
+        self,
+        devices: Mapping[str, _Device],
+        claims: Mapping[str, Iterable[tuple[int, str, Identifier | None, int, bool]]],
+        handles: Mapping[Identifier, int],
+    ) -> dict[str, list[Claim]]:
+        """The claims of the batch that are not there yet."""
+        pairs = {
+            (devices[value].handle, handles[owner])
+            for value, offered in claims.items()
+            for _, _, owner, _, _ in offered
+            if owner is not None and not devices[value].fresh
+        }
+        barred = self._store.released(pairs) if pairs else set()
+        new: dict[str, list[Claim]] = {}
+        for value, offered in claims.items():
+            device = devices[value]
+            present = {claim[:2] for claim in device.claims}
+            for time, message_id, identifier, until, soft in offered:
+                owner = None if identifier is None else handles[identifier]
+                if (time, message_id) in present or (device.handle, owner) in barred:
+                    continue
+                present.add((time, message_id))
+                new.setdefault(value, []).append(Claim(time, message_id, owner, until, soft))
+        self._counts.claims += sum(map(len, new.values()))
+        return new
+
+    def _carry_out(
+        self,
+        devices: dict[str, _Device],
+        new_claims: Mapping[str, list[Claim]],
+        persons: Mapping[int, tuple[int, int]],
+        traits: Mapping[int, Mapping[str, Trait]],
+        fallback: str | None,
+    ) -> None:
+        """Write claims, persons and traits, and emit what their rows need."""
+        store = self._store
+        moved = self._moved(persons, traits)
+        elsewhere = store.claimed_by(moved) if moved else set()
+        whole = store.claims(dict.fromkeys(elsewhere, (BEGINNING, END))) if elsewhere else {}
+        touched: dict[int, tuple[str, list[Claim], list[Claim]]] = {}
+        names = store.anonymous_ids(elsewhere) if elsewhere else {}
+        by_handle = {device.handle: value for value, device in devices.items()}
+        for handle in elsewhere:
+            value = by_handle.get(handle) or names[handle]
+            if value in devices:
+                devices[value].claims = whole[handle]
+            touched[handle] = (value, whole[handle], list(whole[handle]))
+        fresh = set()
+        for value, claims in new_claims.items():
+            device = devices[value]
+            if device.fresh:
+                fresh.add(device.handle)
+            old = touched[device.handle][1] if device.handle in touched else device.claims
+            merged = list(old)
+            for claim in claims:
+                insort(merged, claim)
+            if device.handle in touched or not self._settled(old, claims):
+                touched[device.handle] = (value, old, merged)
+            device.claims = merged
+        concerned = {
+            claim.owner
+            for _, old, new in touched.values()
+            for claim in (*old, *new)
+            if isinstance(claim.owner, int)
+        }
+        concerned |= moved
+        before = self._owners_of(concerned) if concerned else {}
+        for component, absorbed, links in self._links:
+            store.put_links(component, absorbed, links)
+        if persons:
+            store.set_persons(persons)
+        if traits:
+            store.put_traits(traits)
+        if new_claims:
+            store.add_claims({v: (devices[v].handle, claims) for v, claims in new_claims.items()})
+        if moved or touched:
+            store.decided()
+        self._after = self._owners_of(concerned) if moved else dict(before)
+        for handle, (value, old, new) in touched.items():
+            if handle not in fresh or self._has_unreferenced():
+                cause = new_claims[value][0].message_id if value in new_claims else fallback
+                self._compare(handle, value, old, new, before, cause)
+        for handle in moved:
+            if before.get(handle) != self._after.get(handle):
+                self._rewrite_identified(handle, self._after[handle], fallback)
+
+    def _moved(
+        self, persons: Mapping[int, tuple[int, int]], traits: Mapping[int, object]
+    ) -> set[int]:
+        """The identifiers whose rows may hold something else after this."""
+        if not persons and not traits:
+            return set()
+        held = self._store.held({*persons, *traits})
+        moved = {h for h, (_, best) in persons.items() if held[h][1].canonical != best}
+        if self._rules.traits and (moved or traits):
+            components = {held[h][1].component for h in (*moved, *traits) if h in held}
+            components |= {persons[h][0] for h in persons}
+            ends = {
+                end
+                for links in self._store.links(components - {0}).values()
+                for link in links
+                for end in (link.a, link.b)
+            }
+            moved |= ends | set(traits)
+        return moved
+
+    def _settled(self, old: Sequence[Claim], new: Sequence[Claim]) -> bool:
+        """Whether new claims surely change no owner: most claims repeat the one before them."""
+        policy = self._rules.attribution.policy
+        if not old or any(c.until < END for c in (*old, *new)):
+            return False
+        if policy is Policy.FIRST_CLAIM:
+            return all(old[0] < claim for claim in new)
+        if policy is Policy.SINCE_LAST_IDENTIFY:
+            return False
+        for claim in new:
+            position = bisect_right(old, claim[:2], key=lambda c: c[:2])
+            if not position or old[position - 1].owner != claim.owner:
+                return False
+        return True
+
+    def _compare(
+        self,
+        handle: int,
+        value: str,
+        old: Sequence[Claim],
+        new: Sequence[Claim],
+        before: Mapping[int, Owner],
+        cause: str | None,
+    ) -> None:
+        rules = self._rules.attribution
+        for change in changes(
+            spans(old, rules),
+            spans(new, rules),
+            lambda owner: None if owner is None else before.get(owner),  # type: ignore[call-overload]
+            lambda owner: None if owner is None else self._after.get(owner),  # type: ignore[call-overload]
+        ):
+            self._rewrite_span(handle, value, change, cause)
+
+    # ---------------------------------------------------------------- owners of a batch
+
+    def _follows_device(self, o: Observation) -> bool:
+        """Whether the row belongs to the owner of its device, not to whom it names."""
+        return o.anonymous_id is not None and (not o.known or self._rules.identified_follow_device)
+
+    def _owners(
+        self,
+        observations: Sequence[Observation],
+        devices: Mapping[str, _Device],
+        handles: Mapping[Identifier, int],
+    ) -> list[Owner | None]:
+        attribution = self._rules.attribution
+        found: list[int | None] = []
+        for o in observations:
+            owner: Hashable | None = None
+            if o.anonymous_id is not None and self._follows_device(o):
+                device = devices.get(o.anonymous_id)
+                if device is not None and device.claims:
+                    owner = owner_at(device.claims, o.time, attribution)
+            if owner is None and o.known:
+                owner = handles.get(o.known[0])
+            found.append(owner if isinstance(owner, int) else None)
+        missing = {owner for owner in found if owner is not None} - self._after.keys()
+        if missing:
+            self._after.update(self._owners_of(missing))
+        return [None if owner is None else self._after.get(owner) for owner in found]
+
+    def _write_rows(
+        self,
+        observations: Sequence[Observation],
+        hold: Sequence[Owner | None],
+        owners: Sequence[Owner | None],
+        devices: Mapping[str, _Device],
+        handles: Mapping[Identifier, int],
+    ) -> None:
+        """Emit updates for the rows of these very events, where they hold something else."""
+        by_device: dict[str, list[tuple[Observation, Owner | None, Owner | None]]] = {}
+        by_id: dict[tuple[str, Owner | None], dict[str, int]] = {}
+        by_user: dict[tuple[str, str, Owner | None], list[int]] = {}
+        for o, old, new in zip(observations, hold, owners, strict=True):
+            if old == new:
+                continue
+            if self._follows_device(o):
+                by_device.setdefault(o.anonymous_id or "", []).append((o, old, new))
+            elif self._rules.has_own_column and o.known and o.known[0].type == USER_ID:
+                for table in o.tables:
+                    by_user.setdefault((table, o.known[0].value, new), []).append(o.time)
+            elif self._rules.has_own_column or not o.names_user:
+                for table in o.tables:
+                    by_id.setdefault((table, new), {})[o.message_id] = o.time
+        for value, rows in by_device.items():
+            self._write_device_rows(value, devices[value], rows)
+        for (table, new), refs in by_id.items():
+            self._emit_messages(table, refs, new, Cause())
+        for (table, user, new), times in by_user.items():
+            criteria: list[Criterion] = [
+                Equals(column=self._rules.layout.columns_of(table).user_id, value=user),
+                self._between(table, min(times), max(times) + 1),
+            ]
+            if self._rules.identified_follow_device:
+                criteria.append(Empty(column=self._rules.layout.columns_of(table).anonymous_id))
+            self._emit(table, new, criteria, len(times), Cause())
+
+    def _write_device_rows(
+        self,
+        value: str,
+        device: _Device,
+        rows: Sequence[tuple[Observation, Owner | None, Owner | None]],
+    ) -> None:
+        starts = [span.start for span in spans(device.claims, self._rules.attribution)]
+        groups: dict[tuple[str, int, Owner | None, Owner | None], dict[str, int]] = {}
+        for o, old, new in rows:
+            span = bisect_right(starts, o.time)
+            for table in o.tables:
+                groups.setdefault((table, span, old, new), {})[o.message_id] = o.time
+        for (table, _, old, new), refs in groups.items():
+            self._emit_device(
+                table, device.handle, value, refs, old, new, Cause(anonymous_id=value), whole=False
+            )
+
+    def _keep_references(
+        self,
+        observations: Sequence[Observation],
+        devices: Mapping[str, _Device],
+        handles: Mapping[Identifier, int],
+    ) -> None:
+        """Remember where the rows are that may have to be found again."""
+        keep = {
+            table: self._rules.keeps_references(table)
+            for tables in {o.tables for o in observations}
+            for table in tables
+        }
+        self._store.note_tables(keep)
+        references: dict[tuple[int, tuple[str, ...]], dict[str, int]] = {}
+        own = self._rules.has_own_column
+        for o in observations:
+            if self._follows_device(o):
+                if any(keep[table] for table in o.tables):
+                    subject = devices[o.anonymous_id or ""].handle
+                    references.setdefault((subject, o.tables), {})[o.message_id] = o.time
+            elif o.known and (o.known[0].type != USER_ID if own else not o.names_user):
+                # Nothing in the row names whom it belongs to: whatever the settings, it is kept.
+                subject = -handles[o.known[0]]
+                references.setdefault((subject, o.tables), {})[o.message_id] = o.time
+        if references:
+            self._store.add_references(references)
+
+    # ---------------------------------------------------------------- undo
+
+    def unlink(self, one: Identifier, other: Identifier) -> int:
+        anonymous = [i for i in (one, other) if i.type not in self._rules.identity.known]
+        if len(anonymous) == 2 or one == other:
+            raise InputError(
+                "unlink parts two known identifiers, or an anonymous id and a known identifier;"
+                f" found {one.type} and {other.type}. Nothing was written."
+            )
+        if anonymous:
+            self._unlink_device(anonymous[0].value, other if one in anonymous else one)
+        else:
+            self._unlink_known(one, other)
+        self._finish()
+        return self._counts.updates
+
+    def _unlink_known(self, one: Identifier, other: Identifier) -> None:
+        known = self._store.identifiers({one, other})
+        absent = Seen(True, END, "")
+        missing = {i: (absent, i.value) for i in (one, other) if i not in known}
+        if missing:
+            self._store.add_identifiers(missing)
+            known = self._store.identifiers({one, other})
+        a, b = sorted((one, other))
+        component_of = {held.handle: held.component for held in known.values()}
+        components = {c for c in component_of.values() if c}
+        stored = self._store.links(components) if components else {}
+        present = {(s.a, s.b, s.alias): s for found in stored.values() for s in found}
+        parted = []
+        for alias in (False, True):
+            key = (known[a].handle, known[b].handle, alias)
+            old = present.get(key, StoredLink(*key, END, "", True, ""))
+            parted.append(old._replace(unlinked=True))
+        persons = self._regroup(stored, parted, component_of)
+        self._carry_out({}, {}, persons, {}, None)
+
+    def _unlink_device(self, anonymous_id: str, identifier: Identifier) -> None:
+        known = self._store.identifiers({identifier})
+        if identifier not in known:
+            sighting = {identifier: (Seen(True, END, ""), identifier.value)}
+            owner = self._store.add_identifiers(sighting)[identifier]
+        else:
+            owner = known[identifier].handle
+        timeline = self._timeline(anonymous_id)
+        old = self._store.claims({timeline: (BEGINNING, END)}).get(timeline, [])
+        gone = [claim for claim in old if claim.owner == owner]
+        self._store.release(timeline, owner)
+        self._replace(timeline, anonymous_id, old, gone, [])
+
+    def _timeline(self, anonymous_id: str) -> int:
+        held = self._store.timelines({anonymous_id}).get(anonymous_id)
+        if held is not None:
+            return held.handle
+        return self._store.add_timelines({anonymous_id})[anonymous_id]
+
+    def release(self, anonymous_id: str, at: int) -> int:
+        timeline = self._timeline(anonymous_id)
+        old = self._store.claims({timeline: (BEGINNING, END)}).get(timeline, [])
+        until = max([at, *(claim.time for claim in old)])
+        gone = [claim for claim in old if claim.owner is not None]
+        nobody = [claim._replace(owner=None, until=until) for claim in gone]
+        self._replace(timeline, anonymous_id, old, gone, nobody)
+        self._finish()
+        return self._counts.updates
+
+    def forget(self, identifier: Identifier, at: int) -> int:
+        known = self._store.identifiers({identifier})
+        if identifier not in known:
+            self._store.forget({identifier: 0}, at)
+            return 0
+        person = self._person(known[identifier])
+        handles = {name: held.handle for name, held in person.items()}
+        timelines = self._store.claimed_by(set(handles.values()))
+        values = self._store.anonymous_ids(timelines)
+        claims = self._store.claims(dict.fromkeys(timelines, (BEGINNING, END)))
+        theirs = set(handles.values())
+        until = max(
+            [at, *(c.time for found in claims.values() for c in found if c.owner in theirs)]
+        )
+        for timeline, old in claims.items():
+            gone = [claim for claim in old if claim.owner in theirs]
+            nobody = [claim._replace(owner=None, until=until) for claim in gone]
+            self._replace(timeline, values[timeline], old, gone, nobody)
+        for handle in theirs:
+            self._rewrite_identified(handle, None, None, until)
+        self._store.forget(handles, until)
+        self._store.decided()
+        self._finish()
+        return self._counts.updates
+
+    def _person(self, known: Known) -> dict[Identifier, Known]:
+        """All identifiers of a person."""
+        if not known.component:
+            return dict([self._store.held({known.handle})[known.handle]])
+        ends = {
+            end
+            for link in self._store.links({known.component}).get(known.component, ())
+            for end in (link.a, link.b)
+        }
+        return {
+            identifier: held
+            for identifier, held in self._store.held(ends).values()
+            if held.canonical == known.canonical
+        }
+
+    def _replace(
+        self,
+        timeline: int,
+        anonymous_id: str,
+        old: Sequence[Claim],
+        gone: Collection[Claim],
+        new: Sequence[Claim],
+    ) -> None:
+        """Take claims from a timeline, put others there, and emit what its rows need."""
+        if not gone:
+            return
+        left = sorted([*(claim for claim in old if claim not in gone), *new])
+        owners = {c.owner for c in (*old, *left) if isinstance(c.owner, int)}
+        before = self._owners_of(owners)
+        self._store.replace_claims(timeline, gone, new)
+        self._store.decided()
+        self._after.update(before)
+        self._compare(timeline, anonymous_id, old, left, before, None)
+
+    # ---------------------------------------------------------------- updates
+
+    def _known_tables(self) -> set[str]:
+        if self._tables is None:
+            self._tables = self._store.tables()
+        return self._tables
+
+    def _has_unreferenced(self) -> bool:
+        return not all(map(self._rules.keeps_references, self._known_tables()))
+
+    def _rewrite_span(
+        self, timeline: int, anonymous_id: str, change: Change, message_id: str | None
+    ) -> None:
+        """The rows of a timeline in ``[start, end)`` change from one owner to another."""
+        cause = Cause(message_id=message_id, anonymous_id=anonymous_id)
+        old, new = _owner(change.old), _owner(change.new)
+        referenced: dict[str, dict[str, int]] = {}
+        for tables, refs in self._store.references(timeline, change.start, change.end).items():
+            for table in tables:
+                if self._rules.keeps_references(table):
+                    referenced.setdefault(table, {}).update(refs)
+        for table, found in referenced.items():
+            self._emit_device(table, timeline, anonymous_id, found, old, new, cause, whole=True)
+        for table in self._known_tables():
+            if not self._rules.keeps_references(table):
+                self._emit_range(table, timeline, anonymous_id, change, old, new, cause)
+
+    def _rewrite_identified(
+        self,
+        handle: int,
+        new: Owner | None,
+        message_id: str | None,
+        until: int = _LAST_TIME - 1,
+    ) -> None:
+        """The rows of identified events of one identifier change with their person."""
+        identifier, known = self._store.held({handle})[handle]
+        cause = Cause(message_id=message_id)
+        referenced: dict[str, dict[str, int]] = {}
+        for tables, refs in self._store.references(-handle, BEGINNING, END).items():
+            for table in tables:
+                referenced.setdefault(table, {}).update(refs)
+        for table, found in referenced.items():
+            self._emit_messages(table, found, new, cause)
+        if not self._rules.has_own_column or identifier.type != USER_ID:
+            return
+        if known.seen.only_previous:
+            return
+        for table in self._known_tables():
+            columns = self._rules.layout.columns_of(table)
+            criteria: list[Criterion] = [
+                Equals(column=columns.user_id, value=identifier.value),
+                self._between(table, known.seen.time, until + 1),
+            ]
+            if self._rules.identified_follow_device:
+                criteria.append(Empty(column=columns.anonymous_id))
+            self._emit(table, new, criteria, None, cause)
+
+    def _emit_device(
+        self,
+        table: str,
+        timeline: int,
+        anonymous_id: str,
+        refs: Mapping[str, int],
+        old: Owner | None,
+        new: Owner | None,
+        cause: Cause,
+        *,
+        whole: bool,
+    ) -> None:
+        """
+        Update rows of a device that are known by message id.
+
+        They are named by ranges of time, which is cheaper than by ids and keeps order with other
+        updates of the device. Rows that recognition wrote before are named by id, where nothing
+        else tells them from those of an identified person; a range then follows for rows that are
+        still empty, and takes the place of older updates that have not arrived yet.
+
+        ``whole``: these are all rows of the device that the graph knows in their range.
+        """
+        columns = self._rules.layout.columns_of(table)
+        target = self._rules.target_of(table)
+        criteria: list[Criterion] = [Equals(column=columns.anonymous_id, value=anonymous_id)]
+        if self._rules.has_own_column and not self._rules.identified_follow_device:
+            criteria.append(Empty(column=columns.user_id))
+        supersede = self._rules.supersede_of(table)
+        expected = True
+        if supersede is Supersede.OWNERS and old is not None:
+            criteria.append(Equals(column=target, value=old.id))
+        elif supersede in (Supersede.OWNERS, Supersede.REFERENCES):
+            if old is not None:
+                for part in _parts(refs):
+                    named = [*criteria, self._messages(table, part)]
+                    self._emit(table, new, named, len(part), cause)
+                if not whole:
+                    return
+                expected = False
+            criteria.append(Empty(column=target))
+        holes = self._holes(timeline, min(refs.values()), max(refs.values()), new)
+        pieces: dict[int, list[int]] = {}
+        alone: dict[str, int] = {}
+        for message_id, time in refs.items():
+            if time in holes:
+                alone[message_id] = time
+            else:
+                pieces.setdefault(bisect_right(holes, time), []).append(time)
+        for times in pieces.values():
+            between = self._between(table, min(times), max(times) + 1)
+            self._emit(table, new, [*criteria, between], len(times) if expected else 0, cause)
+        for part in _parts(alone):
+            named = [*criteria, self._messages(table, part)]
+            self._emit(table, new, named, len(part) if expected else 0, cause)
+
+    def _emit_messages(
+        self,
+        table: str,
+        refs: Mapping[str, int],
+        new: Owner | None,
+        cause: Cause,
+    ) -> None:
+        """Update the rows of these messages, whatever device they are from."""
+        for part in _parts(refs):
+            self._emit(table, new, [self._messages(table, part)], len(part), cause)
+
+    def _emit_range(
+        self,
+        table: str,
+        timeline: int,
+        anonymous_id: str,
+        change: Change,
+        old: Owner | None,
+        new: Owner | None,
+        cause: Cause,
+    ) -> None:
+        """Update rows of a device in a range of time, where no reference is kept."""
+        columns = self._rules.layout.columns_of(table)
+        target = self._rules.target_of(table)
+        device = Equals(column=columns.anonymous_id, value=anonymous_id)
+        start, end = max(change.start, BEGINNING), min(change.end, _LAST_TIME)
+        supersede = self._rules.supersede_of(table)
+        holes = set(self._holes(timeline, start, end, new))
+        guards: list[list[Criterion]] = [[]]
+        if self._rules.has_own_column and not self._rules.identified_follow_device:
+            guards = [[Empty(column=columns.user_id)]]
+        if supersede not in (None, Supersede.VERSION):
+            guards = [[Empty(column=target)]]
+            if old is not None:
+                # Rows that name the old owner by themselves were not written by recognition.
+                claims = self._store.claims({timeline: (start, end)}).get(timeline, [])
+                named = self._store.held({c.owner for c in claims if isinstance(c.owner, int)})
+                same = {handle for handle, (name, _) in named.items() if name.value == old.id}
+                holes |= {c.time for c in claims if c.owner in same and start <= c.time < end}
+                guards.append([Equals(column=target, value=old.id)])
+        for low, high in _around(start, end, sorted(holes)):
+            for guard in guards:
+                between = self._between(table, low, high)
+                self._emit(table, new, [device, *guard, between], None, cause)
+
+    def _holes(self, timeline: int, low: int, high: int, new: Owner | None) -> list[int]:
+        """The times at which a row of somebody else lies that looks anonymous to the table."""
+        if self._rules.identified_follow_device:
+            return []
+        soft = self._store.soft_claims(timeline, low, high)
+        values = self._values({claim.owner for claim in soft})
+        return sorted({claim.time for claim in soft if values.get(claim.owner) != new})
+
+    def _values(self, owners: Collection[Hashable | None]) -> dict[Hashable | None, Owner]:
+        missing = {o for o in owners if isinstance(o, int)} - self._after.keys()
+        if missing:
+            self._after.update(self._owners_of(missing))
+        return {o: self._after[o] for o in owners if isinstance(o, int) and o in self._after}
+
+    def _between(self, table: str, start: int, end: int) -> Between:
+        column = self._rules.layout.columns_of(table).time
+        return Between.model_construct(column=column, start=_when(start), end=_when(end))
+
+    def _messages(self, table: str, refs: Sequence[tuple[str, int]]) -> Messages:
+        columns = self._rules.layout.columns_of(table)
+        return Messages.model_construct(
+            id_column=columns.id,
+            time_column=columns.time,
+            refs=tuple((message_id, _when(time)) for message_id, time in refs),
+        )
+
+    def _emit(
+        self,
+        table: str,
+        new: Owner | None,
+        where: Sequence[Criterion],
+        expected: int | None,
+        cause: Cause,
+    ) -> None:
+        values = (
+            self._rules.values_of(table, None, ())
+            if new is None
+            else self._rules.values_of(table, new.id, new.traits)
+        )
+        sequence = self._store.next_sequence()
+        if self._rules.supersede_of(table) is Supersede.VERSION:
+            values[VERSION_COLUMN] = sequence
+        self._updates.append(
+            UpdateByCriteria(
+                id=decide_id(self._rules.workspace, table, values, where, sequence),
+                workspace=self._rules.workspace,
+                table=table,
+                set=values,
+                where=tuple(where),
+                sequence=sequence,
+                expected_rows=expected,
+                cause=cause,
+                created_at=self._now,
+            )
+        )
+
+    def _finish(self) -> None:
+        self._counts.updates = len(self._updates)
+        if self._updates:
+            self._store.emit(self._updates)
+
+
+def _keep_earliest(
+    links: dict[tuple[Identifier, Identifier, bool], tuple[int, str]],
+    one: Identifier,
+    other: Identifier,
+    alias: bool,
+    o: Observation,
+) -> None:
+    key = (one, other, alias) if one < other else (other, one, alias)
+    evidence = (o.time, o.message_id)
+    if key not in links or evidence < links[key]:
+        links[key] = evidence
+
+
+def _group(
+    links: Sequence[StoredLink], component_of: Mapping[int, int], also: Collection[int]
+) -> list[tuple[set[int], list[StoredLink]]]:
+    """Which components and links belong together; a new identifier is a component of its own."""
+    parent: dict[int, int] = {}
+
+    def find(node: int) -> int:
+        while parent.setdefault(node, node) != node:
+            node = parent[node]
+        return node
+
+    # Components are positive; an identifier without one stands as its negative handle.
+    def node_of(handle: int) -> int:
+        return component_of.get(handle, 0) or -handle
+
+    for link in links:
+        a, b = find(node_of(link.a)), find(node_of(link.b))
+        parent[a] = b
+    groups: dict[int, tuple[set[int], list[StoredLink]]] = {}
+    for component in also:
+        groups.setdefault(find(component), (set(), []))
+    for link in links:
+        groups.setdefault(find(node_of(link.a)), (set(), []))[1].append(link)
+    for node in list(parent):
+        if node > 0:
+            groups[find(node)][0].add(node)
+    return list(groups.values())
+
+
+def _widen(ranges: dict[str, tuple[int, int]], key: str, time: int) -> None:
+    low, high = ranges.get(key, (time, time))
+    ranges[key] = (min(low, time), max(high, time))
+
+
+def _named(link: StoredLink, names: Mapping[int, Identifier]) -> Link:
+    return Link(names[link.a], names[link.b], link.alias, link.time, link.message_id, link.unlinked)
+
+
+def _parts(refs: Mapping[str, int]) -> Iterable[list[tuple[str, int]]]:
+    """References in time order, in parts of bounded size; equal times stay in one part."""
+    ordered = sorted(refs.items(), key=lambda ref: (ref[1], ref[0]))
+    start = 0
+    while start < len(ordered):
+        end = min(start + MAX_REFS, len(ordered))
+        while end < len(ordered) and ordered[end][1] == ordered[end - 1][1]:
+            end += 1
+        yield ordered[start:end]
+        start = end
+
+
+def _around(start: int, end: int, holes: Sequence[int]) -> Iterable[tuple[int, int]]:
+    for hole in holes:
+        if start < hole:
+            yield start, min(hole, end)
+        start = max(start, hole + 1)
+    if start < end:
+        yield start, end
+
+
+def _owner(value: Hashable | None) -> Owner | None:
+    return value if isinstance(value, Owner) else None
+
+
+def _when(time: int) -> datetime:
+    return _EPOCH + timedelta(microseconds=max(BEGINNING, min(time, _LAST_TIME)))

@@ -1,0 +1,494 @@
+"""
+A graph in dictionaries: for tests, and laid over another graph for rehearsals.
+
+A rehearsal reads through to the graph below and keeps everything that it writes to itself, so
+that ``plan`` decides exactly what ``run`` would decide and nobody ever sees it. Nothing of it is
+durable, and it is as large as what it touched.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+from recognition.attribution import BEGINNING, DAY, END, Claim
+from recognition.errors import GraphError, InputError
+from recognition.events import Identifier
+from recognition.graph import Delivery, GraphStats, StoredGraph
+from recognition.graph.store import (
+    Known,
+    References,
+    Sighting,
+    Store,
+    StoredLink,
+    Timeline,
+    Trait,
+)
+from recognition.identity import Seen
+from recognition.messages import UpdateByCriteria
+
+# Handles made in a rehearsal never meet those of the graph below.
+_FIRST_HANDLE = 1 << 48
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """An update in the outbox."""
+
+    update: UpdateByCriteria
+    attempts: int = 0
+    leased_until: float = 0.0
+    dead: str | None = None
+
+
+class MemoryGraph(StoredGraph):
+    """
+    A graph in this process, gone when it is closed. Safe for several threads.
+
+    Args:
+        below: Opens the store to be read through to, for a rehearsal.
+    """
+
+    def __init__(
+        self, *, below: Callable[[str], AbstractContextManager[Store]] | None = None
+    ) -> None:
+        self._lock = threading.RLock()
+        self._below = below
+        self._open = ExitStack()
+        self._stores: dict[str, _MemoryStore] = {}
+        self._outbox: dict[int, _Waiting] = {}
+        self._position = 0
+        self._failed: str | None = None
+
+    @classmethod
+    def from_url(cls, url: str) -> MemoryGraph:
+        """``memory:`` has nothing to configure."""
+        del url
+        return cls()
+
+    @contextmanager
+    def _transaction(self, workspace: str, *, write: bool = True) -> Iterator[Store]:
+        with self._lock:
+            if self._failed is not None:
+                raise GraphError(
+                    f"this graph stopped in the middle of a decision ({self._failed});"
+                    " a memory graph cannot undo, open a new one",
+                    written=True,
+                )
+            if workspace not in self._stores:
+                below = None
+                if self._below is not None:
+                    below = self._open.enter_context(self._below(workspace))
+                self._stores[workspace] = _MemoryStore(below)
+            store = self._stores[workspace]
+            try:
+                yield store
+            except InputError:
+                # Refused before anything was written.
+                raise
+            except BaseException as exc:
+                if write:
+                    self._failed = type(exc).__name__
+                raise
+            for update in store.take_emitted():
+                self._position += 1
+                self._outbox[self._position] = _Waiting(update)
+
+    def _reader(self, workspace: str) -> AbstractContextManager[Store]:
+        return self._transaction(workspace, write=False)
+
+    def lease_updates(self, limit: int, seconds: float) -> list[Delivery]:
+        """See `Graph.lease_updates`."""
+        now = time.monotonic()
+        with self._lock:
+            found: list[Delivery] = []
+            for position, waiting in self._outbox.items():
+                if len(found) == limit:
+                    break
+                if waiting.dead is None and waiting.leased_until <= now:
+                    found.append(Delivery(position, waiting.update, waiting.attempts))
+                    waiting.attempts += 1
+                    waiting.leased_until = now + seconds
+            return found
+
+    def acknowledge(self, positions: Collection[int]) -> None:
+        """See `Graph.acknowledge`."""
+        with self._lock:
+            for position in positions:
+                self._outbox.pop(position, None)
+
+    def return_updates(self, positions: Collection[int], reason: str, *, dead: bool) -> None:
+        """See `Graph.return_updates`."""
+        with self._lock:
+            for position in positions:
+                if position in self._outbox:
+                    self._outbox[position].leased_until = 0.0
+                    self._outbox[position].dead = reason if dead else None
+
+    def dead_updates(self, limit: int) -> list[tuple[Delivery, str]]:
+        """See `Graph.dead_updates`."""
+        with self._lock:
+            return [
+                (Delivery(position, waiting.update, waiting.attempts), waiting.dead)
+                for position, waiting in self._outbox.items()
+                if waiting.dead is not None
+            ][:limit]
+
+    def stats(self) -> GraphStats:
+        """See `Graph.stats`; of a rehearsal, what it touched. ``bytes`` is 0."""
+        with self._lock:
+            stores = self._stores.values()
+            dead = sum(waiting.dead is not None for waiting in self._outbox.values())
+            links = [link for s in stores for found in s.all_links() for link in found]
+            return GraphStats(
+                anonymous_ids=sum(len(s.handles_by_device) for s in stores),
+                identifiers=sum(len(s.by_handle) for s in stores),
+                persons=sum(
+                    len({known.canonical for _, known, _ in s.by_handle.values()}) for s in stores
+                ),
+                claims=sum(len(c) for s in stores for c in s.claims_by_timeline.values()),
+                links=sum(not link.refused for link in links),
+                conflicts=sum(link.refused in ("unique", "limit") for link in links),
+                references=sum(
+                    len(refs)
+                    for s in stores
+                    for by_tables in s.references_by_subject.values()
+                    for refs in by_tables.values()
+                ),
+                pending_updates=len(self._outbox) - dead,
+                dead_updates=dead,
+                bytes=0,
+            )
+
+    def expire(self, before: int) -> int:
+        """See `Graph.expire`."""
+        horizon = before // DAY * DAY
+        days: set[int] = set()
+        with self._lock:
+            for store in self._stores.values():
+                for by_tables in store.references_by_subject.values():
+                    for refs in by_tables.values():
+                        old = {m: t for m, t in refs.items() if t < horizon}
+                        days.update(t // DAY for t in old.values())
+                        for message_id in old:
+                            del refs[message_id]
+        return len(days)
+
+    def close(self) -> None:
+        """See `Graph.close`."""
+        with self._lock:
+            self._open.close()
+            self._stores.clear()
+            self._outbox.clear()
+
+
+@dataclass(slots=True, eq=False)
+class _MemoryStore:
+    """
+    One workspace in dictionaries, each key read from the store below when first touched.
+
+    A key with an empty value was looked up below and is not there.
+    """
+
+    below: Store | None
+    handles_by_device: dict[str, int] = field(default_factory=dict)
+    devices: dict[int, str] = field(default_factory=dict)
+    claimed: set[int] = field(default_factory=set)
+    claims_by_timeline: dict[int, list[Claim]] = field(default_factory=dict)
+    timelines_of: dict[int, set[int]] = field(default_factory=dict)
+    barred: set[tuple[int, int]] = field(default_factory=set)
+    handles: dict[Identifier, int] = field(default_factory=dict)
+    by_handle: dict[int, tuple[Identifier, Known, str]] = field(default_factory=dict)
+    links_by_component: dict[int, dict[tuple[int, int, bool], StoredLink]] = field(
+        default_factory=dict
+    )
+    traits_by_handle: dict[int, dict[str, Trait]] = field(default_factory=dict)
+    gone: dict[Identifier, int] = field(default_factory=dict)
+    references_by_subject: dict[int, dict[tuple[str, ...], dict[str, int]]] = field(
+        default_factory=dict
+    )
+    known_tables: set[str] = field(default_factory=set)
+    handle: int = _FIRST_HANDLE
+    sequence: int = -1
+    decisions: int = 0
+    emitted: list[UpdateByCriteria] = field(default_factory=list)
+
+    def take_emitted(self) -> list[UpdateByCriteria]:
+        taken, self.emitted = self.emitted, []
+        return taken
+
+    def all_links(self) -> list[list[StoredLink]]:
+        return [list(links.values()) for links in self.links_by_component.values()]
+
+    def _new_handle(self) -> int:
+        self.handle += 1
+        return self.handle
+
+    # ---------------------------------------------------------------- timelines
+
+    def timelines(self, anonymous_ids: Collection[str]) -> dict[str, Timeline]:
+        unread = [value for value in anonymous_ids if value not in self.handles_by_device]
+        if self.below is not None and unread:
+            for value, found in self.below.timelines(unread).items():
+                self.handles_by_device[value] = found.handle
+                self.devices[found.handle] = value
+                if found.claimed:
+                    self.claimed.add(found.handle)
+        return {
+            value: Timeline(handle, handle in self.claimed)
+            for value in anonymous_ids
+            if (handle := self.handles_by_device.get(value)) is not None
+        }
+
+    def add_timelines(self, anonymous_ids: Collection[str]) -> dict[str, int]:
+        made = {value: self._new_handle() for value in anonymous_ids}
+        self.handles_by_device.update(made)
+        self.devices.update({handle: value for value, handle in made.items()})
+        return made
+
+    def anonymous_ids(self, timelines: Collection[int]) -> dict[int, str]:
+        unread = [handle for handle in timelines if handle not in self.devices]
+        if self.below is not None and unread:
+            for handle, value in self.below.anonymous_ids(unread).items():
+                self.devices[handle] = value
+                self.handles_by_device[value] = handle
+                self.claimed.add(handle)
+        return {handle: self.devices[handle] for handle in timelines if handle in self.devices}
+
+    def _claims_of(self, timeline: int) -> list[Claim]:
+        if timeline not in self.claims_by_timeline:
+            read = []
+            if self.below is not None and timeline < _FIRST_HANDLE:
+                read = self.below.claims({timeline: (BEGINNING, END)}).get(timeline, [])
+            self.claims_by_timeline[timeline] = list(read)
+        return self.claims_by_timeline[timeline]
+
+    def claims(self, windows: Mapping[int, tuple[int, int]]) -> dict[int, list[Claim]]:
+        found = {}
+        for timeline, (low, high) in windows.items():
+            claims = self._claims_of(timeline)
+            if any(claim.until < END for claim in claims):
+                found[timeline] = list(claims)
+            elif claims:
+                start = max(bisect_right(claims, low, key=_time) - 1, 0)
+                start = bisect_left(claims, claims[start].time, key=_time)
+                end = min(bisect_left(claims, high, key=_time), len(claims) - 1)
+                end = bisect_right(claims, claims[end].time, key=_time)
+                inside = claims[start:end]
+                first = [] if start == 0 else [claims[0]]
+                last = [] if end == len(claims) else [claims[-1]]
+                found[timeline] = [*first, *inside, *last]
+        return found
+
+    def add_claims(self, claims: Mapping[str, tuple[int, Collection[Claim]]]) -> None:
+        for timeline, new in claims.values():
+            held = self._claims_of(timeline)
+            present = {claim[:2] for claim in held}
+            self.claimed.add(timeline)
+            for claim in new:
+                if claim[:2] not in present:
+                    insort(held, claim)
+                if isinstance(claim.owner, int):
+                    self._timelines_of(claim.owner).add(timeline)
+
+    def replace_claims(
+        self, timeline: int, gone: Collection[Claim], new: Collection[Claim]
+    ) -> None:
+        held = [claim for claim in self._claims_of(timeline) if claim not in gone]
+        self.claims_by_timeline[timeline] = sorted([*held, *new])
+
+    def soft_claims(self, timeline: int, low: int, high: int) -> list[Claim]:
+        return [c for c in self._claims_of(timeline) if c.soft and low <= c.time <= high]
+
+    def _timelines_of(self, identifier: int) -> set[int]:
+        if identifier not in self.timelines_of:
+            read: set[int] = set()
+            if self.below is not None and identifier < _FIRST_HANDLE:
+                read = self.below.claimed_by([identifier])
+            self.timelines_of[identifier] = set(read)
+        return self.timelines_of[identifier]
+
+    def claimed_by(self, identifiers: Collection[int]) -> set[int]:
+        return {t for identifier in identifiers for t in self._timelines_of(identifier)}
+
+    def released(self, pairs: Collection[tuple[int, int]]) -> set[tuple[int, int]]:
+        found = {pair for pair in pairs if pair in self.barred}
+        return found | self.below.released(pairs) if self.below is not None else found
+
+    def release(self, timeline: int, identifier: int) -> None:
+        self.barred.add((timeline, identifier))
+
+    # ---------------------------------------------------------------- identifiers
+
+    def identifiers(self, identifiers: Collection[Identifier]) -> dict[Identifier, Known]:
+        unread = [i for i in identifiers if i not in self.handles and i not in self.gone]
+        if self.below is not None and unread:
+            self._take_in({held.handle for held in self.below.identifiers(unread).values()})
+        return {
+            identifier: self.by_handle[handle][1]
+            for identifier in identifiers
+            if (handle := self.handles.get(identifier)) is not None
+        }
+
+    def _take_in(self, handles: Collection[int]) -> None:
+        if self.below is None:
+            return
+        unread = [h for h in handles if h < _FIRST_HANDLE and h not in self.by_handle]
+        seen_as = self.below.seen_as(unread)
+        for handle, (identifier, known) in self.below.held(unread).items():
+            if identifier not in self.gone:
+                self.handles[identifier] = handle
+                self.by_handle[handle] = (identifier, known, seen_as[handle])
+
+    def held(self, handles: Collection[int]) -> dict[int, tuple[Identifier, Known]]:
+        self._take_in(handles)
+        return {h: self.by_handle[h][:2] for h in handles if h in self.by_handle}
+
+    def seen_as(self, identifiers: Collection[int]) -> dict[int, str]:
+        self._take_in(identifiers)
+        return {h: self.by_handle[h][2] for h in identifiers if h in self.by_handle}
+
+    def add_identifiers(self, seen: Mapping[Identifier, tuple[Seen, str]]) -> dict[Identifier, int]:
+        made = {}
+        for identifier, (sighting, value) in seen.items():
+            handle = made[identifier] = self.handles[identifier] = self._new_handle()
+            self.by_handle[handle] = (identifier, Known(handle, sighting, 0, handle), value)
+        return made
+
+    def see(self, seen: Mapping[int, tuple[Seen, str]]) -> None:
+        for handle, (sighting, value) in seen.items():
+            identifier, known, _ = self.by_handle[handle]
+            self.by_handle[handle] = (identifier, known._replace(seen=sighting), value)
+
+    def set_persons(self, persons: Mapping[int, tuple[int, int]]) -> None:
+        self._take_in(persons)
+        for handle, (component, canonical) in persons.items():
+            identifier, known, value = self.by_handle[handle]
+            known = known._replace(component=component, canonical=canonical)
+            self.by_handle[handle] = (identifier, known, value)
+
+    def _links_of(self, component: int) -> dict[tuple[int, int, bool], StoredLink]:
+        if component not in self.links_by_component:
+            read: list[StoredLink] = []
+            if self.below is not None and component < _FIRST_HANDLE:
+                read = self.below.links([component]).get(component, [])
+            self.links_by_component[component] = {(x.a, x.b, x.alias): x for x in read}
+        return self.links_by_component[component]
+
+    def links(self, components: Collection[int]) -> dict[int, list[StoredLink]]:
+        return {component: list(self._links_of(component).values()) for component in components}
+
+    def put_links(
+        self, component: int, absorbed: Collection[int], links: Iterable[StoredLink]
+    ) -> None:
+        held = self._links_of(component)
+        for other in absorbed:
+            held.update(self._links_of(other))
+            self.links_by_component[other] = {}
+        held.update({(link.a, link.b, link.alias): link for link in links})
+
+    def _traits_of(self, identifier: int) -> dict[str, Trait]:
+        if identifier not in self.traits_by_handle:
+            read: dict[str, Trait] = {}
+            if self.below is not None and identifier < _FIRST_HANDLE:
+                read = self.below.traits([identifier]).get(identifier, {})
+            self.traits_by_handle[identifier] = dict(read)
+        return self.traits_by_handle[identifier]
+
+    def traits(self, identifiers: Collection[int]) -> dict[int, dict[str, Trait]]:
+        return {i: dict(found) for i in identifiers if (found := self._traits_of(i))}
+
+    def put_traits(self, traits: Mapping[int, Mapping[str, Trait]]) -> None:
+        for identifier, found in traits.items():
+            self.traits_by_handle[identifier] = dict(found)
+
+    def forgotten(self, identifiers: Collection[Identifier]) -> dict[Identifier, int]:
+        found = {} if self.below is None else self.below.forgotten(identifiers)
+        for identifier in identifiers:
+            if identifier in self.gone:
+                found[identifier] = max(found.get(identifier, 0), self.gone[identifier])
+        return found
+
+    def forget(self, identifiers: Mapping[Identifier, int], until: int) -> None:
+        handles = set(identifiers.values()) - {0}
+        components = {known.component for _, known in self.held(handles).values()} - {0}
+        for component in components:
+            self.links_by_component[component] = {
+                key: link
+                for key, link in self._links_of(component).items()
+                if link.a not in handles and link.b not in handles
+            }
+        for identifier, handle in identifiers.items():
+            self.gone[identifier] = max(until, self.gone.get(identifier, 0))
+            self.handles.pop(identifier, None)
+            self.by_handle.pop(handle, None)
+            self.traits_by_handle[handle] = {}
+            self.timelines_of[handle] = set()
+            self.references_by_subject[-handle] = {}
+
+    # ---------------------------------------------------------------- references
+
+    def _references_of(self, subject: int) -> dict[tuple[str, ...], dict[str, int]]:
+        if subject not in self.references_by_subject:
+            read: References = {}
+            if self.below is not None and abs(subject) < _FIRST_HANDLE:
+                read = self.below.references(subject, BEGINNING, END)
+            self.references_by_subject[subject] = {t: dict(refs) for t, refs in read.items()}
+        return self.references_by_subject[subject]
+
+    def references(self, subject: int, start: int, end: int) -> References:
+        found = {
+            tables: {m: time for m, time in refs.items() if start <= time < end}
+            for tables, refs in self._references_of(subject).items()
+        }
+        return {tables: refs for tables, refs in found.items() if refs}
+
+    def add_references(
+        self, references: Mapping[tuple[int, tuple[str, ...]], Mapping[str, int]]
+    ) -> None:
+        for (subject, tables), refs in references.items():
+            self._references_of(subject).setdefault(tables, {}).update(refs)
+
+    def find(self, message_id: str) -> list[Sighting]:
+        found = [] if self.below is None else self.below.find(message_id)
+        for subject, by_tables in self.references_by_subject.items():
+            for tables, refs in by_tables.items():
+                if message_id in refs:
+                    found.append(Sighting(subject, refs[message_id], tables))
+        for timeline, claims in self.claims_by_timeline.items():
+            for claim in claims:
+                if claim.message_id == message_id:
+                    found.append(Sighting(timeline, claim.time, ()))
+        return found
+
+    def tables(self) -> set[str]:
+        below = set() if self.below is None else self.below.tables()
+        return below | self.known_tables
+
+    def note_tables(self, tables: Iterable[str]) -> None:
+        self.known_tables.update(tables)
+
+    # ---------------------------------------------------------------- outbox
+
+    def next_sequence(self) -> int:
+        if self.sequence < 0:
+            self.sequence = 0 if self.below is None else self.below.next_sequence() - 1
+        self.sequence += 1
+        return self.sequence
+
+    def emit(self, updates: Iterable[UpdateByCriteria]) -> None:
+        self.emitted.extend(updates)
+
+    def decision(self) -> int:
+        return self.decisions
+
+    def decided(self) -> None:
+        self.decisions += 1
+
+
+def _time(claim: Claim) -> int:
+    return claim.time

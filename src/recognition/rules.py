@@ -1,0 +1,157 @@
+"""
+How one workspace is decided: every choice a user makes, checked once, read everywhere.
+
+It holds values and refuses combinations that no table could keep. It never reads a file: that is
+`recognition.config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from recognition.attribution import AttributionRules, Policy
+from recognition.errors import ConfigurationError, UnsupportedPolicyError
+from recognition.identity import IdentityRules
+from recognition.layouts import LAYOUTS, Layout, Row
+
+
+class References(StrEnum):
+    """What is kept of each anonymous event, so that its row can be found again."""
+
+    IDS = "ids"
+    """Message id and time: exact, and the time bounds of every update are tight."""
+    NONE = "none"
+    """Nothing: 0 bytes; updates go by device and the time range of the span."""
+
+
+class Supersede(StrEnum):
+    """How it is known that a row holds what recognition wrote, so that it may be changed again."""
+
+    AUTO = "auto"
+    """A target column of its own, else references where they are kept, else owners."""
+    VERSION = "version"
+    """The table has a column ``recognition_version``; the greater sequence stands."""
+    REFERENCES = "references"
+    """The rows are named by message id."""
+    OWNERS = "owners"
+    """The row still holds the owner that recognition wrote before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableRules:
+    """What is kept and compared for one table."""
+
+    references: References = References.IDS
+    supersede: Supersede = Supersede.AUTO
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "references", References(self.references))
+        object.__setattr__(self, "supersede", Supersede(self.supersede))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """
+    How one workspace is decided.
+
+    Args:
+        workspace: The isolation key; nothing is ever linked across two of them.
+        attribution: Policy and look-back.
+        identity: Known types, priorities, limits, blocked values.
+        layout: Where events live.
+        target_column: The column that receives the owner's canonical id. ``None``: the layout's
+            user column, and then only rows without a user of their own are ever written.
+        traits: The user traits that an update writes too; latest value of the person wins.
+        stamps: Whether the rows are written from what `Recognizer.process` returns. ``False``:
+            somebody else writes them as they came, so that every owned row needs an update.
+        tables: What is kept and compared, for tables that differ from ``default``.
+        default: The same for all other tables.
+
+    Raises:
+        UnsupportedPolicyError: The policy may move rows that were recognised before, and nothing
+            tells such rows from those of an identified person.
+        ConfigurationError: Two settings contradict each other.
+    """
+
+    workspace: str = "default"
+    attribution: AttributionRules = field(default_factory=AttributionRules)
+    identity: IdentityRules = field(default_factory=IdentityRules)
+    layout: Layout = LAYOUTS["segment-single-table"]
+    target_column: str | None = None
+    traits: tuple[str, ...] = ()
+    stamps: bool = True
+    tables: Mapping[str, TableRules] = field(default_factory=dict)
+    default: TableRules = field(default_factory=TableRules)
+
+    def __post_init__(self) -> None:
+        if not self.workspace.strip():
+            raise ConfigurationError("workspace is empty; every identifier lies inside one")
+        for table, rules in {"default": self.default, **self.tables}.items():
+            supersede = self._resolve(table, rules)
+            if supersede is Supersede.REFERENCES and rules.references is References.NONE:
+                raise ConfigurationError(
+                    f"table {table}: supersede = references needs references = ids"
+                )
+            if supersede is Supersede.OWNERS and self.attribution.policy in (
+                Policy.FIRST_CLAIM,
+                Policy.LAST_LOGIN,
+            ):
+                raise UnsupportedPolicyError(
+                    f"table {table}: policy {self.attribution.policy} moves rows between people"
+                    " over the whole life of a device, and without references nothing tells"
+                    " recognised rows from identified ones. Add a target column of its own"
+                    " (target_column), or a column recognition_version BIGINT with"
+                    " supersede = version, or keep references = ids. Nothing was written."
+                )
+
+    @property
+    def has_own_column(self) -> bool:
+        """Whether the owner goes to a column of its own, beside the user that the event named."""
+        return self.target_column not in (None, self.layout.columns.user_id)
+
+    def target_of(self, table: str) -> str:
+        """The column that receives the owner's canonical id."""
+        return self.target_column or self.layout.columns_of(table).user_id
+
+    def values_of(
+        self, table: str, owner: str | None, traits: Sequence[str | int | float | bool | None]
+    ) -> Row:
+        """
+        The columns that a row of this owner holds; of nobody's row, all of them are empty.
+
+        A trait that the person never named is left out: it empties no column.
+        """
+        values: Row = {self.target_of(table): owner}
+        columns = self.layout.columns_of(table)
+        for trait, value in zip(self.traits, traits or [None] * len(self.traits), strict=True):
+            column = columns.trait_column(trait)
+            if column is not None and (value is not None or owner is None):
+                values[column] = value
+        return values
+
+    def supersede_of(self, table: str) -> Supersede | None:
+        """How recognised rows are told apart; ``None``: by their own column."""
+        return self._resolve(table, self.tables.get(table, self.default))
+
+    def keeps_references(self, table: str) -> bool:
+        """Whether message ids and times are kept for the rows of this table."""
+        return self.tables.get(table, self.default).references is References.IDS
+
+    def _resolve(self, table: str, rules: TableRules) -> Supersede | None:
+        if rules.supersede is not Supersede.AUTO:
+            return rules.supersede
+        if self.has_own_column:
+            return None
+        return Supersede.REFERENCES if rules.references is References.IDS else Supersede.OWNERS
+
+    @property
+    def identified_follow_device(self) -> bool:
+        """
+        Whether rows that carry a known identifier are given to the owner of their device.
+
+        Only ``last_login`` into a column of its own does so (Snowplow's ``stitched_user_id``,
+        Adobe's last authentication); everywhere else an identified event owns itself.
+        """
+        return self.attribution.policy is Policy.LAST_LOGIN and self.has_own_column
