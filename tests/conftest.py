@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from importlib.metadata import PackageNotFoundError, version
 
-_ENGINES = ("pydantic", "sqlalchemy", "duckdb", "duckdb-engine", "pyarrow", "hypothesis")
+_ENGINES = ("pydantic", "sqlalchemy", "duckdb", "pyarrow", "hypothesis")
 
 
 def pytest_report_header() -> str:

@@ -100,9 +100,7 @@ class Oracle:
             who: tuple[str, str] | None = known[0] if known else None
             until = None
             if who is None:
-                until = max(
-                    self.forgotten.get((i.type, i.value), -1) for i in event.known
-                )
+                until = max(self.forgotten.get((i.type, i.value), -1) for i in event.known)
             elif frozenset((("anonymous_id", device), who)) in self.unlinked:
                 continue
             elif event.time <= self.released.get(device, -1):

@@ -227,7 +227,7 @@ def test_segment_times_are_taken_in_order(absent: int) -> None:
     """`timestamp`, else `originalTimestamp`, else `sentAt`, else `receivedAt` is the time."""
     keys = ["timestamp", "originalTimestamp", "sentAt", "receivedAt"]
     body = {"messageId": "m", "type": "track"}
-    body |= {key: second for second, key in enumerate(keys, 1) if second > absent}  # type: ignore[misc]
+    body |= {key: second for second, key in enumerate(keys, 1) if second > absent}
 
     assert parse_event(body).time == (absent + 1) * 1_000_000
 
@@ -284,6 +284,7 @@ def test_traits_are_the_storable_scalars() -> None:
             "huge": 2**63,
             "endless": float("inf"),
             "padded": " kept as seen ",
+            "": "no name",
         },
         context={"traits": {"plan": "free", "lang": "de"}},
     )
@@ -323,6 +324,14 @@ def test_the_body_is_the_event_as_received() -> None:
 
     assert parse_event(body).body is body
     assert parse_event(MappingProxyType(body)) == parse_event(body)
+    assert type(parse_event(MappingProxyType(body)).body) is dict
+
+
+def test_texts_that_cannot_be_stored_are_no_names() -> None:
+    """A name, table or user agent that no database takes counts as absent."""
+    event = parse_event(segment(event="a\x00", name="b", JITSU_TABLE_NAME="\ud800", userAgent=7))
+
+    assert (event.name, event.table, event.user_agent) == ("b", None, None)
 
 
 # --------------------------------------------------------------------------------- other formats
@@ -361,7 +370,7 @@ CLASSIC_FLAT = {
 CLASSIC_AT_TOP = {
     "event_type": "pageview",
     "event_id": "e1",
-    "user": CLASSIC["eventn_ctx"]["user"],  # type: ignore[index]
+    "user": CLASSIC["eventn_ctx"]["user"],
     "user_agent": "Mozilla/5.0",
     "utc_time": NOON,
 }
@@ -600,11 +609,21 @@ def test_a_wrong_identifier_type_is_refused(known: dict[str, Any], message: str)
         SEGMENT.with_known(known)
 
 
+def test_a_format_does_not_change_with_what_it_was_made_of() -> None:
+    """The mapping of identifier types may be changed afterwards; the format stays."""
+    known = {"user_id": parse_paths("userId")}
+    form = replace(SEGMENT, known=known)
+
+    known.clear()
+
+    assert list(form.known) == ["user_id"]
+
+
 @pytest.mark.parametrize("missing", ["message_id", "time"])
 def test_a_format_needs_message_id_and_time(missing: str) -> None:
     """A format that could never read an event is refused when it is made."""
     with pytest.raises(ConfigurationError, match="needs a path for the message id"):
-        replace(SEGMENT, **{missing: ()})  # type: ignore[arg-type]
+        replace(SEGMENT, **{missing: ()})
 
 
 def test_formats_and_events_travel_between_processes() -> None:
@@ -779,7 +798,8 @@ def test_no_json_breaks_the_parser(body: object) -> None:
         assert text is None or (text == text.strip() and 0 < len(text.encode()) <= 4_096)
     assert 0 <= event.time < END_OF_TIME
     assert len({each.type for each in event.known}) == len(event.known)
-    json.dumps([event.name, event.table, event.user_agent, dict(event.traits)]).encode()
+    for value in (event.name, event.table, event.user_agent, *event.traits.values()):
+        assert not isinstance(value, str) or (value.strip() and b"\x00" not in value.encode())
 
 
 def expected_of_segment(body: dict[str, Any]) -> tuple[object, ...] | None:
@@ -923,6 +943,7 @@ def test_times_of_every_shape_are_the_same(text: object) -> None:
         ("2026-01-02 12:00:00.123456999 UTC", NOON_US + 123_456),
         ("2026-01-02 12:00:00.5 +0000", NOON_US + 500_000),
         (1767355200.25, NOON_US + 250_000),
+        (1113726542.646319, 1_113_726_542_646_319),
         ("1767355200.123456", NOON_US + 123_456),
         (1767355200000.5, NOON_US + 500),
         (1767355200_000_000_999, NOON_US),
@@ -1249,6 +1270,16 @@ def test_an_array_line_is_its_events() -> None:
     assert [json.loads(each[3]) for each in rejects] == [{"a": 1}, 5, [THREE[2]]]
 
 
+def test_depth_at_the_edge_of_what_python_reads_is_no_crash() -> None:
+    """Members nested almost too deeply to be read, and too deeply to be written, are rejected."""
+    depths = range(900, 1_010)
+
+    events, rejects = read(ndjson(*(b"[" * depth + b"]" * depth for depth in depths), THREE[0]))
+
+    assert ids(events) == ["m1"]
+    assert [each[0] for each in rejects] == list(range(1, len(depths) + 1))
+
+
 def test_a_batch_envelope_is_its_events() -> None:
     """The envelope's context and sent time reach its events, whose own members win."""
     envelope = {
@@ -1302,7 +1333,7 @@ def test_a_damaged_gzip_gives_what_came_before() -> None:
     packed = gzip.compress(ndjson(*THREE))
     wrong_sum = packed[:-8] + bytes(8)
     foreign = packed + b"no gzip"
-    inside = packed[:12] + bytes(40) + packed[52:]
+    inside = packed[:10] + b"\xff" * 40 + packed[50:]
 
     found = [read(each) for each in (wrong_sum, foreign, inside)]
 
@@ -1354,9 +1385,9 @@ def test_csv_is_known_by_its_name(tmp_path: Path, name: str) -> None:
 def test_dotted_columns_are_members_of_objects() -> None:
     """Columns named by dotted paths, as json_normalize writes them, make the nested event again."""
     content = (
-        b"messageId,timestamp,type,context.traits.email,context.userAgent,a,a.b,.x\n"
-        b"m1,1,identify,ann@example.com,A,1,2,3\n"
-        b"m2,1,track,,,,2,\n"
+        b"messageId,timestamp,type,context.traits.email,context.userAgent,a,a.b,a.b.c,.x\n"
+        b"m1,1,identify,ann@example.com,A,1,2,3,4\n"
+        b"m2,1,track,,,,2,,\n"
     )
 
     events, rejects = read(content, encoding="csv")
@@ -1370,7 +1401,8 @@ def test_dotted_columns_are_members_of_objects() -> None:
         "context": {"traits": {"email": "ann@example.com"}, "userAgent": "A"},
         "a": "1",
         "a.b": "2",
-        ".x": "3",
+        "a.b.c": "3",
+        ".x": "4",
     }
     assert events[1].body == {"messageId": "m2", "timestamp": "1", "type": "track", "a": {"b": "2"}}
 
@@ -1495,7 +1527,7 @@ def test_a_source_that_cannot_be_read_is_an_error(tmp_path: Path, name: str) -> 
 def test_a_text_file_is_refused() -> None:
     """A file opened as text is a mistake that is named."""
     with pytest.raises(InputError, match="binary"):
-        list(read_events(io.StringIO("{}")))  # type: ignore[arg-type]
+        list(read_events(io.StringIO("{}")))
 
 
 def test_a_disk_that_fails_is_an_error() -> None:
@@ -1599,6 +1631,7 @@ PEOPLE = [
     "Safari/537.36 [FB_IAB/FB4A;FBAV/415.0.0.34.107;]",
     "Mozilla/5.0 (Linux; Android 11) AppleWebKit/537.36 Chrome/99 Mobile Safari/537.36 Botim/2.8",
     "GlucoseMonitor/3.1 CFNetwork/1335.0.3 Darwin/21.6.0",
+    "Mozilla/5.0 (iPhone; CPU iPhone OS 17_1 like Mac OS X) AppleWebKit/605.1.15 WhatsApp/23.20",
     "okhttp/4.9.3",
     "Go-http-client/1.1",
     "Dalvik/2.1.0 (Linux; U; Android 9; ROBOTTO Build/PPR1)",

@@ -25,9 +25,7 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
     """Every relative link of the README and the pages names a file that exists."""
     links = LINK.findall(page.read_text(encoding="utf-8"))
 
-    missing = [
-        link for link in links if "://" not in link and not (page.parent / link).is_file()
-    ]
+    missing = [link for link in links if "://" not in link and not (page.parent / link).is_file()]
     assert missing == []
 
 

@@ -30,7 +30,9 @@ class Warehouse:
     def __init__(self) -> None:
         self.tables: dict[str, dict[str, Row]] = {}
 
-    def load(self, table: str, rows: Iterable[Mapping[str, object]], key: str = "message_id") -> None:
+    def load(
+        self, table: str, rows: Iterable[Mapping[str, object]], key: str = "message_id"
+    ) -> None:
         """Insert rows whose key is new."""
         held = self.tables.setdefault(table, {})
         for row in rows:

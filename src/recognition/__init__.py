@@ -42,7 +42,7 @@ from recognition.messages import (
     read_updates,
 )
 from recognition.planner import Plan, Step, plan_updates
-from recognition.recognizer import Recognition, RecognizedEvent, Recognizer
+from recognition.recognizer import Recognition, Recognizer
 from recognition.rules import References, Rules, Supersede, TableRules
 from recognition.sinks import Applied, Capabilities, Sink, installed_schemes, open_sink
 
@@ -84,7 +84,6 @@ __all__ = [
     "Receipt",
     "Recognition",
     "RecognitionError",
-    "RecognizedEvent",
     "Recognizer",
     "References",
     "Reject",

@@ -3,9 +3,9 @@ Made-up events of a shop's visitors, as real trackers send them. Nothing else is
 
 It imports nothing from the library, so that what it makes cannot agree with it by accident. Real
 habits and real faults are in it: shared devices, several devices of one person, an e-mail address
-long before an account, logins and logouts with and without a new anonymous id, changed user ids,
-companies, servers that know no device, late and repeated messages, bots, and programs that send
-``null`` or zeros for an id.
+long before an account or of a whole family, logins and logouts with and without a new anonymous
+id, changed user ids, companies, servers that know no device, late and repeated messages, bots, and
+programs that send ``null`` or zeros for an id.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def generate_events(visitors: int = 3000, days: int = 30, seed: int = 0) -> Iter
     """
     Make the events of a shop, in the order in which its collector received them.
 
-    About 11 events for each visitor, 3 in 4 of them without any user id. The order is nearly that
+    About 15 events for each visitor, 3 in 4 of them without any user id. The order is nearly that
     of the events' own times: 2 in 100 come hours or days late, 1 in 100 comes twice. Memory grows
     with the visitors and their sessions, not with the events.
 
@@ -106,7 +106,7 @@ class _Shop:
         self.sessions: list[tuple[int, _Visitor | None]] = []
         for person in people:
             # Nobody's sessions lie closer than some minutes; most visitors come once or twice.
-            for _ in range(1 + min(int(rng.expovariate(0.75)), 12)):
+            for _ in range(1 + min(int(rng.expovariate(0.5)), 12)):
                 self.sessions.append((START + int(rng.random() * days * _DAY), person))
         for _ in range(visitors // 60):
             self.sessions.append((START + int(rng.random() * days * _DAY), None))
@@ -118,10 +118,11 @@ class _Shop:
         devices = [self._device() for _ in range(rng.choices((1, 2, 3), (70, 25, 5))[0])]
         if people and rng.random() < 0.08:
             devices[0] = people[-1].devices[0]  # the family's tablet
-        signs_in_at = rng.choices((-1, 0, 1, 2), (48, 30, 15, 7))[0]
+        shares_email = bool(people) and rng.random() < 0.01
+        signs_in_at = rng.choices((-1, 0, 1, 2, 3), (40, 14, 22, 15, 9))[0]
         return _Visitor(
             user_id=f"user-{number:06}",
-            email=f"{first}.{last}.{number}@example.com",
+            email=people[-1].email if shares_email else f"{first}.{last}.{number}@example.com",
             phone=f"+1 555 {number:07}" if rng.random() < 0.1 else None,
             devices=devices,
             signs_in_at=signs_in_at,
@@ -156,7 +157,7 @@ class _Shop:
             rng.randrange(1, steps)
             if knows_account
             and device.user is None
-            and (session == visitor.signs_in_at or rng.random() < 0.6)
+            and (session == visitor.signs_in_at or rng.random() < 0.8)
             else -1
         )
         leaves_email = 1 if session == visitor.email_at and device.user is None else -1

@@ -240,25 +240,16 @@ def _make_plan(form: Format) -> _Plan:
                 places[0, separator.join(path)] = None
         return tuple(places)
 
-    # Members of an object of traits that say something else: they have a field of their own.
-    claimed = {
-        *form.message_id,
-        *form.time,
-        *form.type,
-        *form.anonymous_id,
-        *form.known.get("user_id", ()),
-        *form.previous_id,
-        *form.table,
-        *form.user_agent,
-    }
+    # What stands among the traits but has a field of its own, or looks so flattened: user_agent.
+    others = {*form.anonymous_id, *form.known.get("user_id", ()), *form.user_agent}
 
     def find_traits(paths: Paths) -> _TraitPlaces:
         places: list[tuple[int, str, frozenset[str]]] = []
         for path in paths:
-            members = frozenset(other[-1] for other in claimed if other[:-1] == path)
+            members = frozenset(other[-1] for other in others if other[:-1] == path)
             places.append((find_object(path), "", members))
             if separator is not None:
-                joined = frozenset(separator.join(other) for other in claimed)
+                joined = frozenset(separator.join(other) for other in others)
                 places.append((0, separator.join(path) + separator, joined))
         return tuple(reversed(places))
 

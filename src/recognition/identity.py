@@ -43,6 +43,8 @@ _ZEROS = re.compile(r"[0-]+")
 _SAME = re.compile(r"(.)\1{3,}", re.DOTALL)
 _SAME_UUID = re.compile(r"\{?([^-])(?:-?\1){31}\}?")
 _QUOTES = "\"'`"
+_LONGEST = max(map(len, BLOCKED))
+_SUSPECT = frozenset(_QUOTES + "0- \t\r\n")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,22 +100,34 @@ def normalise(identifier: Identifier, rules: IdentityRules) -> Identifier:
 
 def is_blocked(value: str, rules: IdentityRules) -> bool:
     """Whether the value never identifies anybody: a placeholder, not an id."""
+    if (
+        len(value) > _LONGEST
+        and value[0] not in _SUSPECT
+        and value[1] != value[2]
+        and not (rules.blocked or rules.blocked_patterns)
+    ):
+        return False  # longer than every built-in value, and no repetition: nearly all real ids
     bare = value.strip()
     while len(bare) > 1 and bare[0] == bare[-1] and bare[0] in _QUOTES:
         bare = bare[1:-1].strip()
     folded = bare.lower()
-    return (
+    # In the order of cost: for almost every real id the first comparisons decide.
+    return bool(
         not bare
         or folded in BLOCKED
         or folded in rules.blocked
         or (bare[0] in "0-" and _ZEROS.fullmatch(bare) is not None)
-        or (len(bare) > 3 and bare[0] == bare[1] and _SAME.fullmatch(bare) is not None)
-        or (len(bare) in _UUID_LENGTHS and _SAME_UUID.fullmatch(folded) is not None)
-        or any(pattern.fullmatch(bare) for pattern in _compiled(rules.blocked_patterns))
+        or (len(bare) > 3 and bare[1] == bare[2] and _repeats(folded))
+        or (rules.blocked_patterns and _matches(bare, rules.blocked_patterns))
     )
 
 
-_UUID_LENGTHS = (32, 34, 36, 38)
+def _repeats(folded: str) -> bool:
+    return _SAME.fullmatch(folded) is not None or _SAME_UUID.fullmatch(folded) is not None
+
+
+def _matches(bare: str, patterns: tuple[str, ...]) -> bool:
+    return any(pattern.fullmatch(bare) for pattern in _compiled(patterns))
 
 
 @lru_cache(maxsize=32)

@@ -213,10 +213,10 @@ def decide_id(
         workspace,
         table,
         dict(set),
-        [criterion.model_dump(mode="json") for criterion in where],
+        [vars(criterion) for criterion in where],
         sequence,
     ]
-    text = json.dumps(decision, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    text = json.dumps(decision, sort_keys=True, default=_render_time)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

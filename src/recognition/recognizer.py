@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from recognition.errors import InputError
 from recognition.events import BOTS, Event, Identifier, is_bot
@@ -23,15 +22,6 @@ from recognition.messages import VERSION_COLUMN
 from recognition.rules import Rules, Supersede
 
 
-class RecognizedEvent(NamedTuple):
-    """An event with its owner, as known now; ``None``: nobody yet."""
-
-    event: Event
-    owner: Owner | None
-    names_user: bool
-    """The event's own row holds a user id; only a column of recognition's own is stamped."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recognition:
     """
@@ -40,7 +30,11 @@ class Recognition:
     Whoever writes the rows gives ``receipt`` to `Recognizer.flushed` once they are visible.
     """
 
-    events: tuple[RecognizedEvent, ...]
+    events: tuple[Event, ...]
+    owners: tuple[Owner | None, ...]
+    """The owner of each event, as known now; ``None``: nobody yet, or a bot."""
+    names_user: tuple[bool, ...]
+    """Whether the event's own row holds a user id; it is stamped in a column of its own only."""
     receipt: Receipt
     sequence: int
     """The version of the stamped rows, for tables that have ``recognition_version``."""
@@ -98,12 +92,10 @@ class Recognizer:
         observations: list[Observation] = []
         positions: list[int] = []
         blocked = bots = identified = 0
+        pattern = self._bots
         for position, event in enumerate(events):
-            if (
-                self._bots is not None
-                and event.user_agent is not None
-                and is_bot(event.user_agent, self._bots)
-            ):
+            agent = event.user_agent
+            if agent is not None and pattern is not None and is_bot(agent, pattern):
                 bots += 1
                 continue
             observation, refused = self._reduce(event)
@@ -122,7 +114,9 @@ class Recognizer:
             names_user[position] = observation.names_user
             stamped += owner is not None and not observation.known
         return Recognition(
-            events=tuple(map(RecognizedEvent, events, owners, names_user)),
+            events=tuple(events),
+            owners=tuple(owners),
+            names_user=tuple(names_user),
             receipt=outcome.receipt,
             sequence=outcome.sequence,
             anonymous=len(observations) - identified,
@@ -144,7 +138,9 @@ class Recognizer:
         """
         rules = self._rules
         found: dict[str, list[Row]] = {}
-        for event, owner, names_user in recognition.events:
+        for event, owner, names_user in zip(
+            recognition.events, recognition.owners, recognition.names_user, strict=True
+        ):
             stamp = owner if rules.stamps and (rules.has_own_column or not names_user) else None
             for table in rules.layout.tables_of(event):
                 row = rules.layout.row_of(event, table)

@@ -45,7 +45,7 @@ from recognition.attribution import (
 )
 from recognition.errors import InputError
 from recognition.events import Identifier
-from recognition.graph.store import Known, Store, StoredLink, Trait
+from recognition.graph.store import Known, Reference, Store, StoredLink, Trait
 from recognition.identity import Link, Seen, resolve
 from recognition.messages import (
     VERSION_COLUMN,
@@ -242,8 +242,12 @@ class _Decision:
                         )
                     o = o._replace(anonymous_id=None, known=(), as_seen=(), previous_id=None)
             living.append(o)
-            if o.anonymous_id is not None:
-                _widen(ranges, o.anonymous_id, o.time)
+            device = o.anonymous_id
+            if device is not None:
+                if device in ranges:
+                    _widen(ranges, device, o.time)
+                else:
+                    ranges[device] = (o.time, o.time)
             if not o.known:
                 continue
             sighting = Seen(False, o.time, o.message_id)
@@ -472,7 +476,7 @@ class _Decision:
         self,
         ranges: Mapping[str, tuple[int, int]],
         claims: Mapping[str, Collection[object]],
-        observations: Iterable[Observation],
+        observations: Sequence[Observation],
     ) -> dict[str, _Device]:
         """
         The timelines of a batch with the claims around its events.
@@ -481,15 +485,12 @@ class _Decision:
         """
         if not ranges:
             return {}
-        keep = self._rules.keeps_references
-        wanted = set(claims)
-        wanted.update(
-            o.anonymous_id
-            for o in observations
-            if o.anonymous_id is not None and any(map(keep, o.tables))
-        )
+        keeps = self._keeping(observations)
+        wanted = {o.anonymous_id for o in observations if keeps[o.tables]}
+        wanted.discard(None)
+        wanted.update(claims)
         known = self._store.timelines(ranges)
-        missing = wanted - known.keys()
+        missing = [value for value in wanted if value is not None and value not in known]
         devices = {value: _Device(held.handle) for value, held in known.items()}
         if missing:
             for value, handle in self._store.add_timelines(missing).items():
@@ -505,10 +506,18 @@ class _Decision:
             if held.claimed
         }
         if windows:
-            found = self._store.claims(windows)
+            first = self._rules.attribution.policy is Policy.FIRST_CLAIM
+            found = self._store.claims(windows, first=first)
             for device in devices.values():
                 device.claims = found.get(device.handle, [])
         return devices
+
+    def _keeping(self, observations: Iterable[Observation]) -> dict[tuple[str, ...], bool]:
+        """Whether references are kept, for each combination of tables in the batch."""
+        return {
+            tables: any(map(self._rules.keeps_references, tables))
+            for tables in {o.tables for o in observations}
+        }
 
     def _new_claims(
         self,
@@ -662,11 +671,11 @@ class _Decision:
         devices: Mapping[str, _Device],
         handles: Mapping[Identifier, int],
     ) -> list[Owner | None]:
-        attribution = self._rules.attribution
+        attribution, follow = self._rules.attribution, self._rules.identified_follow_device
         found: list[int | None] = []
         for o in observations:
             owner: Hashable | None = None
-            if o.anonymous_id is not None and self._follows_device(o):
+            if o.anonymous_id is not None and (follow or not o.known):
                 device = devices.get(o.anonymous_id)
                 if device is not None and device.claims:
                     owner = owner_at(device.claims, o.time, attribution)
@@ -738,23 +747,21 @@ class _Decision:
         handles: Mapping[Identifier, int],
     ) -> None:
         """Remember where the rows are that may have to be found again."""
-        keep = {
-            table: self._rules.keeps_references(table)
-            for tables in {o.tables for o in observations}
-            for table in tables
-        }
-        self._store.note_tables(keep)
-        references: dict[tuple[int, tuple[str, ...]], dict[str, int]] = {}
-        own = self._rules.has_own_column
+        keeps = self._keeping(observations)
+        self._store.note_tables({table for tables in keeps for table in tables})
+        references: list[Reference] = []
+        own, follow = self._rules.has_own_column, self._rules.identified_follow_device
         for o in observations:
-            if self._follows_device(o):
-                if any(keep[table] for table in o.tables):
-                    subject = devices[o.anonymous_id or ""].handle
-                    references.setdefault((subject, o.tables), {})[o.message_id] = o.time
+            if o.anonymous_id is not None and (follow or not o.known):
+                if not keeps[o.tables]:
+                    continue
+                subject = devices[o.anonymous_id].handle
             elif o.known and (o.known[0].type != USER_ID if own else not o.names_user):
                 # Nothing in the row names whom it belongs to: whatever the settings, it is kept.
                 subject = -handles[o.known[0]]
-                references.setdefault((subject, o.tables), {})[o.message_id] = o.time
+            else:
+                continue
+            references.append(Reference(subject, o.tables, o.message_id, o.time))
         if references:
             self._store.add_references(references)
 

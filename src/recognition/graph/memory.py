@@ -21,6 +21,7 @@ from recognition.events import Identifier
 from recognition.graph import Delivery, GraphStats, StoredGraph
 from recognition.graph.store import (
     Known,
+    Reference,
     References,
     Sighting,
     Store,
@@ -267,21 +268,23 @@ class _MemoryStore:
             self.claims_by_timeline[timeline] = list(read)
         return self.claims_by_timeline[timeline]
 
-    def claims(self, windows: Mapping[int, tuple[int, int]]) -> dict[int, list[Claim]]:
+    def claims(
+        self, windows: Mapping[int, tuple[int, int]], *, first: bool = False
+    ) -> dict[int, list[Claim]]:
         found = {}
         for timeline, (low, high) in windows.items():
             claims = self._claims_of(timeline)
             if any(claim.until < END for claim in claims):
                 found[timeline] = list(claims)
             elif claims:
-                start = max(bisect_right(claims, low, key=_time) - 1, 0)
+                start = max(bisect_left(claims, low, key=_time) - 1, 0)
                 start = bisect_left(claims, claims[start].time, key=_time)
-                end = min(bisect_left(claims, high, key=_time), len(claims) - 1)
+                end = min(bisect_right(claims, high, key=_time), len(claims) - 1)
                 end = bisect_right(claims, claims[end].time, key=_time)
-                inside = claims[start:end]
-                first = [] if start == 0 else [claims[0]]
-                last = [] if end == len(claims) else [claims[-1]]
-                found[timeline] = [*first, *inside, *last]
+                before = []
+                if first:
+                    before = claims[: min(start, bisect_right(claims, claims[0].time, key=_time))]
+                found[timeline] = [*before, *claims[start:end]]
         return found
 
     def add_claims(self, claims: Mapping[str, tuple[int, Collection[Claim]]]) -> None:
@@ -447,11 +450,9 @@ class _MemoryStore:
         }
         return {tables: refs for tables, refs in found.items() if refs}
 
-    def add_references(
-        self, references: Mapping[tuple[int, tuple[str, ...]], Mapping[str, int]]
-    ) -> None:
-        for (subject, tables), refs in references.items():
-            self._references_of(subject).setdefault(tables, {}).update(refs)
+    def add_references(self, references: Iterable[Reference]) -> None:
+        for subject, tables, message_id, at in references:
+            self._references_of(subject).setdefault(tables, {})[message_id] = at
 
     def find(self, message_id: str) -> list[Sighting]:
         found = [] if self.below is None else self.below.find(message_id)

@@ -38,6 +38,7 @@ from recognition.events import Identifier
 from recognition.graph import Delivery, GraphStats, StoredGraph
 from recognition.graph.store import (
     Known,
+    Reference,
     References,
     Sighting,
     Store,
@@ -366,6 +367,7 @@ class _SqliteStore:
         self._workspace_name = workspace
         self._workspace = self._name(workspace)
         self._place_names: dict[int, tuple[str, ...]] = {}
+        self._place_ids: dict[tuple[str, ...], int] = {}
 
     def flush(self) -> None:
         self._connection.executemany(
@@ -439,7 +441,9 @@ class _SqliteStore:
             )
         }
 
-    def claims(self, windows: Mapping[int, tuple[int, int]]) -> dict[int, list[Claim]]:
+    def claims(
+        self, windows: Mapping[int, tuple[int, int]], *, first: bool = False
+    ) -> dict[int, list[Claim]]:
         ended = {
             timeline
             for (timeline,) in self._select_in(
@@ -448,6 +452,7 @@ class _SqliteStore:
         }
         found: dict[int, list[Claim]] = {}
         execute = self._connection.execute
+        window = _WINDOW_AND_FIRST if first else _WINDOW
         for timeline, (low, high) in windows.items():
             if timeline in ended or (low <= 0 and high >= END):
                 rows = execute(
@@ -455,7 +460,7 @@ class _SqliteStore:
                     (timeline,),
                 )
             else:
-                rows = execute(_WINDOW, {"timeline": timeline, "low": low, "high": high})
+                rows = execute(window, (timeline, low, high))
             claims = sorted({_claim(row) for row in rows})
             if claims:
                 found[timeline] = claims
@@ -723,22 +728,20 @@ class _SqliteStore:
                     found.setdefault(self._place(slot // 3), {})[message_id] = at
         return found
 
-    def add_references(
-        self, references: Mapping[tuple[int, tuple[str, ...]], Mapping[str, int]]
-    ) -> None:
-        chunks: dict[tuple[int, int, int], list[bytes]] = {}
-        for (subject, tables), refs in references.items():
-            place = 3 * self._place_id(tables)
-            for message_id, at in refs.items():
-                day, kind, packed = _pack(message_id, at)
-                chunks.setdefault((subject, day, place + kind), []).append(packed)
-        rows: list[tuple[int, int, int, bytes]] = []
-        for key, parts in chunks.items():
-            # As many references as fill a chunk are sealed at once; the rest joins the open one.
-            full = max(1, _CHUNK // max(map(len, parts)))
-            for start in range(0, len(parts) - full, full):
-                self._seal(key, b"".join(parts[start : start + full]))
-            rows.append((*key, b"".join(parts[(len(parts) - 1) // full * full :])))
+    def add_references(self, references: Iterable[Reference]) -> None:
+        joined: dict[tuple[int, int, int], bytes] = {}
+        for subject, tables, message_id, at in references:
+            day, kind, packed = _pack(message_id, at)
+            key = (subject, day, 3 * self._place_id(tables) + kind)
+            before = joined.get(key)
+            if before is None:
+                joined[key] = packed
+            elif len(before) + len(packed) <= _CHUNK:
+                joined[key] = before + packed
+            else:
+                self._seal(key, before)
+                joined[key] = packed
+        rows = [(*key, packed) for key, packed in joined.items()]
         changed = self._connection.executemany(_APPEND, rows).rowcount
         if changed < len(rows):
             self._start_chunks(rows)
@@ -791,6 +794,8 @@ class _SqliteStore:
         return found
 
     def _place_id(self, tables: tuple[str, ...]) -> int:
+        if tables in self._place_ids:
+            return self._place_ids[tables]
         key = (self._workspace, "\x00".join(tables))
         if key not in self.places:
             row = self._connection.execute(
@@ -802,7 +807,8 @@ class _SqliteStore:
                 ).fetchone()
                 self._connection.execute("INSERT INTO places VALUES (?, ?, ?)", (*key, row[0]))
             self.places[key] = row[0]
-        return self.places[key]
+        self._place_ids[tables] = self.places[key]
+        return self._place_ids[tables]
 
     def _place(self, place: int) -> tuple[str, ...]:
         if place not in self._place_names:
@@ -831,7 +837,8 @@ class _SqliteStore:
 
     def emit(self, updates: Iterable[UpdateByCriteria]) -> None:
         self._connection.executemany(
-            "INSERT INTO outbox (body) VALUES (?)", [(update.to_json(),) for update in updates]
+            "INSERT INTO outbox (body) VALUES (?)",
+            [(update.model_dump_json(),) for update in updates],
         )
 
     def decision(self) -> int:
@@ -842,20 +849,19 @@ class _SqliteStore:
         self._set("decision", self.decision() + 1)
 
 
-# Around the window, and the ends of the timeline: everything at the same instant comes along.
+# Everything at the same instant comes along.
 _WINDOW = """
-SELECT time, message, identifier, until, soft FROM claims WHERE timeline = :timeline
-   AND time BETWEEN
-       coalesce((SELECT max(time) FROM claims WHERE timeline = :timeline AND time <= :low), :low)
-       AND
-       coalesce((SELECT min(time) FROM claims WHERE timeline = :timeline AND time >= :high), :high)
-UNION ALL
-SELECT time, message, identifier, until, soft FROM claims WHERE timeline = :timeline
-   AND time = (SELECT min(time) FROM claims WHERE timeline = :timeline)
-UNION ALL
-SELECT time, message, identifier, until, soft FROM claims WHERE timeline = :timeline
-   AND time = (SELECT max(time) FROM claims WHERE timeline = :timeline)
+SELECT time, message, identifier, until, soft FROM claims WHERE timeline = ?1 AND time BETWEEN
+    coalesce((SELECT max(time) FROM claims WHERE timeline = ?1 AND time < ?2), ?2) AND
+    coalesce((SELECT min(time) FROM claims WHERE timeline = ?1 AND time > ?3), ?3)
 """
+_WINDOW_AND_FIRST = (
+    _WINDOW
+    + """
+UNION ALL SELECT time, message, identifier, until, soft FROM claims WHERE timeline = ?1
+    AND time = (SELECT min(time) FROM claims WHERE timeline = ?1)
+"""
+)
 
 # What is there already is not put there again (a batch that comes twice).
 _APPEND = f"""

@@ -62,6 +62,15 @@ class Trait(NamedTuple):
     value: str | int | float | bool
 
 
+class Reference(NamedTuple):
+    """Where a row is: its message id and time, in these tables."""
+
+    subject: int
+    tables: tuple[str, ...]
+    message_id: str
+    time: int
+
+
 #: Message ids with their times, by the tables that hold the rows.
 References = Mapping[tuple[str, ...], Mapping[str, int]]
 
@@ -86,11 +95,14 @@ class Store(Protocol):
     def anonymous_ids(self, timelines: Collection[int]) -> dict[int, str]:
         """The anonymous ids of claimed timelines."""
 
-    def claims(self, windows: Mapping[int, tuple[int, int]]) -> dict[int, list[Claim]]:
+    def claims(
+        self, windows: Mapping[int, tuple[int, int]], *, first: bool = False
+    ) -> dict[int, list[Claim]]:
         """
-        Claims by timeline, sorted: for a window ``(low, high)`` those from the last one at or
-        before ``low`` to the first at or after ``high``, and the timeline's first and last. All,
-        where one of them was forgotten. The owner of a claim is a handle.
+        Claims by timeline, sorted: for a window ``(low, high)`` those from the last one before
+        ``low`` to the first one after ``high``; ``first``: the timeline's first too. Of equal
+        times all come. All claims, where one of them was forgotten. The owner of a claim
+        is a handle.
         """
 
     def add_claims(self, claims: Mapping[str, tuple[int, Collection[Claim]]]) -> None:
@@ -151,10 +163,8 @@ class Store(Protocol):
     def references(self, subject: int, start: int, end: int) -> References:
         """The message references of a subject with ``start <= time < end``."""
 
-    def add_references(
-        self, references: Mapping[tuple[int, tuple[str, ...]], Mapping[str, int]]
-    ) -> None:
-        """By (subject, tables). One that is there may be kept twice, but is read once."""
+    def add_references(self, references: Iterable[Reference]) -> None:
+        """Keep them. One that is there already may be kept twice, but is read once."""
 
     def find(self, message_id: str) -> list[Sighting]:
         """Everything that is remembered of a message. Reads all of it: not for the hot path."""

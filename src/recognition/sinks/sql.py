@@ -12,9 +12,9 @@ not blur it.
 
 **Which update stands.** In a table with ``recognition_version`` each row says by which update it
 was written: a row is set when its version is smaller, and ``empty`` on a column that is set also
-lets pass what has a version, because recognition wrote it. (Where such an update does not ask for
-any ``empty``, all columns that it sets must be empty, or the row have a version.) In other tables
-the table ``recognition_ledger``, beside the rows and in the same transaction, remembers which
+lets pass what has a version, because recognition wrote it. (Where such an update asks for no
+``empty`` of what it sets, all columns that it sets must be empty, or the row have a version.) For
+other tables ``recognition_ledger``, beside the rows and in the same transaction, remembers which
 update took which interval of which key; what a later one took is cut out of an earlier one that
 comes late. The ledger never says that something need not be done again: an update that is applied
 a second time meets the rows that were not there the first time.
@@ -27,12 +27,13 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from hashlib import blake2b
 from typing import Any, ClassVar, NamedTuple, TypeVar
+from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.ext.compiler import compiles
@@ -40,28 +41,25 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import ClauseElement, Executable
 
-from recognition.errors import (
-    ConfigurationError,
-    RecognitionError,
-    SinkError,
-    TableError,
-)
-from recognition.events import render_time
+from recognition.errors import ConfigurationError, EventError, SinkError, TableError
+from recognition.events import parse_time, render_time
 from recognition.messages import VERSION_COLUMN
 from recognition.planner import (
+    Bound,
     Cover,
     Plan,
     Shape,
     StagedRow,
     Step,
     Value,
-    covers_of,
     cut_step,
     distinguish,
 )
 from recognition.sinks import Applied, AppliedStep, Capabilities
 
 _DAY = 86_400 * 1_000_000
+_Expression = sa.ColumnElement[Any]
+_Condition = sa.ColumnElement[bool]
 _Result = TypeVar("_Result")
 
 LEDGER = sa.Table(
@@ -72,14 +70,17 @@ LEDGER = sa.Table(
     sa.Column("table_name", sa.Text, nullable=False),
     sa.Column("key_column", sa.Text, nullable=False),
     sa.Column("key_value", sa.Text, nullable=False),
-    sa.Column("extras", sa.Text, nullable=False),  # JSON: further columns and what they must hold
+    sa.Column("extras", sa.Text, nullable=False),  # JSON: [column, value] that must be equal too
     sa.Column("columns", sa.Text, nullable=False),  # what was set: sorted, joined by commas
     sa.Column("empty", sa.Text, nullable=False),  # what had to be empty: the same
-    sa.Column("time_column", sa.Text, nullable=False),  # '' when all rows of the key were meant
+    sa.Column("time_column", sa.Text, nullable=False),  # '': all rows of the key were meant
     sa.Column("starts", sa.BigInteger),  # microseconds since 1970-01-01 UTC; NULL: unbounded
     sa.Column("ends", sa.BigInteger),
     sa.Column("sequence", sa.BigInteger, nullable=False),
     sa.Column("applied_at", sa.BigInteger, nullable=False),
+)
+_LEDGER_INDEX = sa.Index(
+    "recognition_ledger_key", LEDGER.c.table_name, LEDGER.c.key_column, LEDGER.c.key_value
 )
 
 
@@ -91,11 +92,12 @@ class Column:
     Args:
         name: As the database spells it.
         declared: Its type, as the database shows it.
-        kind: What it can hold: ``text``, ``integer``, ``float``, ``boolean``, ``time``, ``uuid``,
-            ``numeric`` (numbers, and texts that are none), ``any``, or ``other``: nothing of ours.
+        kind: What it holds: ``text``, ``integer``, ``float``, ``boolean``, ``time``, ``uuid``,
+            ``numeric`` (SQLite: numbers, and texts that do not look like one), ``any``, or
+            ``other``, which is nothing that an update can carry.
         nullable: It may be NULL.
         width: The most characters that it is declared to hold, if any.
-        low, high: The range of its numbers.
+        low, high: The smallest and the greatest number that it holds.
         generated: The database computes it; it cannot be set.
     """
 
@@ -115,10 +117,10 @@ class Target:
     A real table, as it was found.
 
     Args:
-        parts: Its name and before it those of schema and database, as far as they were given.
+        parts: Its name, and before it those of schema and database as far as they were given.
         columns: By their names in lower case.
         collated: Some column compares in another way than byte by byte.
-        view: It is none: nothing can be set in it.
+        view: It is none, so that nothing can be set.
     """
 
     parts: tuple[str, ...]
@@ -132,15 +134,16 @@ class Target:
 
     def clause(self) -> sa.TableClause:
         """The table in a statement."""
-        schema = ".".join(self.parts[:-1]) or None
-        names = [sa.column(column.name) for column in self.columns.values()]
-        return sa.table(self.parts[-1], *names, schema=schema)
+        names: list[sa.ColumnClause[Any]] = [sa.column(c.name) for c in self.columns.values()]
+        return sa.table(self.parts[-1], *names, schema=".".join(self.parts[:-1]) or None)
 
 
 class StageColumn(NamedTuple):
     """
-    A column of a stage: ``clone`` is of the type of ``like``; ``time`` holds microseconds until it
-    is loaded and is then comparable with ``like``; ``text`` and ``integer`` are what they say.
+    A column of a stage.
+
+    ``clone`` has the type of ``like``. ``time`` is given in microseconds and becomes what can be
+    compared with ``like``. ``text`` and ``integer`` are what they say.
     """
 
     name: str
@@ -148,23 +151,37 @@ class StageColumn(NamedTuple):
     like: Column | None = None
 
 
+class Interval(NamedTuple):
+    """A staged interval in two forms: comparable with a time column, and in microseconds."""
+
+    start: _Expression
+    end: _Expression
+    starts: _Expression
+    ends: _Expression
+
+
 @dataclass(slots=True)
 class Transaction:
-    """A connection inside a transaction, and the number of statements that went through it."""
+    """A connection inside a transaction, and how many statements went through it."""
 
     connection: sa.Connection
     statements: int = 0
 
     def execute(
-        self, statement: sa.Executable, parameters: Mapping[str, object] | None = None
+        self, statement: Executable, parameters: Mapping[str, object] | None = None
     ) -> sa.CursorResult[Any]:
         """Send one statement."""
         self.statements += 1
         return self.connection.execute(statement, dict(parameters or {}))
 
+    def execute_text(self, statement: str, rows: Sequence[tuple[Any, ...]] | None = None) -> None:
+        """Send a text that is the driver's own; with rows, once for each of them."""
+        self.statements += 1
+        self.connection.exec_driver_sql(statement, rows if rows is None else list(rows))
+
 
 class _CreateStage(Executable, ClauseElement):
-    """``CREATE TEMPORARY TABLE .. AS SELECT ..``; SQLAlchemy has its own from 2.1 on."""
+    """``CREATE TEMPORARY TABLE .. AS SELECT ..``; SQLAlchemy has one of its own from 2.1 on."""
 
     inherit_cache = False
 
@@ -175,7 +192,6 @@ class _CreateStage(Executable, ClauseElement):
 
 @compiles(_CreateStage)
 def _render_create_stage(element: _CreateStage, compiler: SQLCompiler, **kw: Any) -> str:
-    kw["literal_binds"] = True
     name = compiler.preparer.quote(element.name)
     return f"CREATE TEMPORARY TABLE {name} AS {compiler.process(element.select, **kw)}"
 
@@ -187,85 +203,929 @@ class SqlSink(ABC):
     Args:
         url: The database, as SQLAlchemy writes it.
         timeout: How long a lock of somebody else is waited for, in seconds.
-        ledger_days: After how many days what was applied may be forgotten. An update that comes
-            later than this may undo what later updates did.
+        ledger_days: After how many days the ledger may forget what was applied. An update that
+            comes later than this may undo what later updates did.
     """
 
-    capabilities: ClassVar[Capabilities] = Capabilities(ledger=True, counts_per_update=True)
+    capabilities = Capabilities(ledger=True, counts_per_update=True)
 
-    #: What a column of each kind is created as.
+    #: What `load` declares a column of each kind as.
     types: ClassVar[Mapping[str, str]]
 
-    #: What a column is taken for while its table does not exist: by kind, as `load` makes it.
-    assumed: ClassVar[Mapping[str, Column]]
+    #: Which Python types a column of each kind holds.
+    holds: ClassVar[Mapping[str, tuple[type, ...]]] = {
+        "text": (str,),
+        "integer": (int, float),
+        "float": (int, float),
+        "boolean": (bool,),
+        "numeric": (int, float, bool, str),
+        "any": (int, float, bool, str),
+        "time": (str,),
+        "uuid": (str,),
+        "other": (),
+    }
+
+    #: Rows are found by indexes, so that `load` makes one on the device.
+    indexed: ClassVar[bool]
 
     def __init__(self, url: str, *, timeout: float = 30.0, ledger_days: int = 90) -> None:
         if timeout < 0:
-            raise ConfigurationError(f"timeout is {timeout} seconds; it is 0 or more")
+            raise ConfigurationError(f"timeout is {timeout} seconds; it is at least 0")
         if ledger_days < 1:
             raise ConfigurationError(f"ledger_days is {ledger_days}; it is at least 1")
         self._timeout = timeout
         self._ledger_days = ledger_days
-        self._engine = self.make_engine(url)
+        self._engine = self.make_engine(url, timeout)
         self._targets: dict[str, Target] = {}
         self._has_ledger = False
         self._pruned = False
 
-    # -- What a database overrides ---------------------------------------------------------------
+    # What a database says about itself ----------------------------------------------------------
 
     @abstractmethod
-    def make_engine(self, url: str) -> sa.Engine:
-        """An engine whose transactions begin with ``BEGIN`` and take the lock of a writer."""
+    def make_engine(self, url: str, timeout: float) -> sa.Engine:
+        """
+        An engine whose transactions really begin, and hold the writer's lock from then on.
+
+        Under the execution option ``reads`` they hold no more than a reader's lock.
+        """
 
     @abstractmethod
     def exists(self) -> bool:
-        """Whether there is a database; connecting to one that is missing may create it."""
+        """Whether there is a database; connecting to a missing one may create it."""
 
     @abstractmethod
     def find_table(self, connection: sa.Connection, parts: Sequence[str]) -> Target | None:
         """The table or view of this name, in any case, or ``None``."""
 
     @abstractmethod
-    def list_tables(self, connection: sa.Connection) -> list[str]:
-        """The names of all tables that can be named without a schema."""
+    def list_tables(self, connection: sa.Connection) -> Sequence[str]:
+        """The names of the tables that need no schema."""
 
     @abstractmethod
-    def refuse_text(self, column: Column, value: str) -> str | None:
-        """Why a text cannot be held by a column that is not of kind ``text``, or ``None``."""
+    def assume(self, kind: str, name: str) -> Column:
+        """What a column of this kind will be when `load` makes it."""
 
     @abstractmethod
     def refuse_time(self, column: Column) -> str | None:
         """Why a column cannot be compared with times, or ``None``."""
 
     @abstractmethod
-    def stage_type(self, like: Column) -> sa.types.TypeEngine[Any]:
+    def stage_time(self, like: Column) -> sa.types.TypeEngine[Any]:
         """The type of a staged time that is compared with this column."""
 
     @abstractmethod
-    def load_stage(
+    def fill_stage(
         self,
         transaction: Transaction,
         name: str,
         columns: Sequence[StageColumn],
         rows: Sequence[tuple[Any, ...]],
     ) -> None:
-        """Put the rows into the stage, in bulk."""
+        """Put rows into the stage, in bulk."""
 
     @abstractmethod
-    def equal(self, one: sa.ColumnElement[Any], other: sa.ColumnElement[Any], *, text: bool,
-              collated: bool) -> sa.ColumnElement[bool]:
-        """Both hold exactly the same, or neither column is NULL."""
+    def bytewise(self, expression: _Expression) -> _Expression:
+        """What compares byte by byte where the text itself might not."""
 
     @abstractmethod
-    def reaches(
-        self,
-        like: Column,
-        column: sa.ColumnElement[Any],
-        time: sa.ColumnElement[Any],
-        microseconds: sa.ColumnElement[Any],
-    ) -> sa.ColumnElement[bool]:
-        """The column's time is at or after the staged one, which is given in both forms."""
+    def lies_within(
+        self, like: Column, time: _Expression, interval: Interval, open_ended: bool
+    ) -> _Condition:
+        """The time lies in the staged interval (see `inside`)."""
 
     @abstractmethod
-    def translate(self, error: BaseException) -> SinkError:
+    def bounded(self, like: Column, time: _Expression, bound: Bound) -> Sequence[_Condition]:
+        """The constant conditions by which the database skips what cannot match, if it does."""
+
+    @abstractmethod
+    def translate(self, error: BaseException | None) -> SinkError:
         """The most specific error of ours; its text holds no value."""
+
+    def serialized(self) -> AbstractContextManager[object]:
+        """Held while a plan is applied, where the database's own locks are not enough."""
+        return nullcontext()
+
+    # The sink -----------------------------------------------------------------------------------
+
+    def compile(self, step: Step) -> str:
+        """
+        The statement that ``apply()`` sends for the step, and a comment with the step's bounds.
+
+        It looks at the table's columns, and writes nothing. A table or column that is missing is
+        taken to be as `load` would make it. ``apply()`` sends further statements: those that stage
+        the rows, and, where the ledger knows of later updates, the same one for each shape of what
+        these leave.
+        """
+        target = None
+        if self.exists():
+            with self._reading() as connection:
+                target = self._find(connection, step.table)
+        statement = self._set_rows(step, self._complete(target, step.shape))
+        text = str(statement.compile(dialect=self._engine.dialect))
+        bounds = [
+            f"{bound.column} in [{_show(bound.lower)}, {_show(bound.upper)})"
+            for bound in step.bounds
+        ]
+        return f"{text}\n-- {' and '.join(bounds) or 'no bounds'}; {len(step.rows)} staged rows"
+
+    def apply(self, plan: Plan) -> Applied:
+        """
+        Apply all steps in one transaction; see `recognition.sinks.Sink`.
+
+        Raises:
+            SinkUnavailableError: The database is locked, or cannot be reached. Nothing was written.
+            SinkReadOnlyError: It may not be written.
+            SinkError: It refused a statement. Everything was rolled back.
+        """
+        if not plan.steps:
+            return Applied(rejected=plan.rejected)
+        if not self.exists():
+            missing = {
+                row.update_id: TableError(
+                    f"there is no table {step.table!r}: there is not even a database at this URL"
+                )
+                for step in plan.steps
+                for row in step.rows
+            }
+            return Applied(rejected=(*plan.rejected, *missing.items()))
+        return self._transact(lambda transaction: self._apply(transaction, plan))
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    def load(
+        self,
+        table: str,
+        rows: Sequence[Mapping[str, object]],
+        *,
+        key: str,
+        columns: Mapping[str, str],
+        fill: Sequence[str] = (),
+    ) -> int:
+        """
+        Insert the rows whose key is not there yet, in one transaction.
+
+        The table and columns that are missing are created. Of rows with the same key the first
+        stands; into a row that is there already, what its columns of ``fill`` lack is filled in.
+        Loading the same rows again changes nothing.
+
+        Args:
+            rows: By column name; what is missing is NULL. Times are microseconds since 1970-01-01
+                UTC.
+            key: The column that is unique.
+            columns: Name and kind: ``text``, ``time``, ``integer``, ``float`` or ``boolean``.
+
+        Returns:
+            How many rows were inserted.
+        """
+        return self._transact(
+            lambda transaction: self._load(transaction, table, rows, key, columns, fill)
+        )
+
+    def _transact(self, work: Callable[[Transaction], _Result]) -> _Result:
+        """Do the work in one transaction; where a lock is in the way, again until the timeout."""
+        deadline = time.monotonic() + self._timeout
+        delay = 0.01
+        stale = bool(self._targets or self._has_ledger)
+        while True:
+            try:
+                with (
+                    self.serialized(),
+                    self._engine.connect() as connection,
+                    connection.begin(),
+                ):
+                    return work(Transaction(connection))
+            except sa.exc.DBAPIError as exc:
+                # What was known of the tables may have changed since: look again, once.
+                self._targets.clear()
+                self._has_ledger = False
+                error = self.translate(exc.orig)
+                if error.retryable:
+                    if time.monotonic() + delay > deadline:
+                        raise error from exc
+                    time.sleep(delay)
+                    delay = min(2 * delay, 0.5)
+                elif stale:
+                    stale = False
+                else:
+                    raise error from exc
+
+    def _reading(self) -> AbstractContextManager[sa.Connection]:
+        return self._engine.connect().execution_options(reads=True)
+
+    # Applying a plan ----------------------------------------------------------------------------
+
+    def _apply(self, transaction: Transaction, plan: Plan) -> Applied:
+        refused: dict[str, TableError] = {}
+        for step in plan.steps:
+            refused.update(self._check(transaction.connection, step))
+        done: list[AppliedStep] = []
+        matched: defaultdict[str, int] = defaultdict(int)
+        for step in plan.steps:
+            rows = tuple(row for row in step.rows if row.update_id not in refused)
+            if rows:
+                kept = Step(level=step.level, shape=step.shape, rows=rows)
+                done.extend(self._run(transaction, kept, matched))
+        return Applied(
+            rows_matched=sum(step.rows_matched for step in done),
+            rows_changed=sum(step.rows_changed for step in done),
+            steps=tuple(done),
+            matched_by_update=dict(matched),
+            rejected=(*plan.rejected, *sorted(refused.items(), key=lambda pair: pair[0])),
+            statements=transaction.statements,
+        )
+
+    def _run(
+        self, transaction: Transaction, step: Step, matched: defaultdict[str, int]
+    ) -> list[AppliedStep]:
+        started = time.perf_counter()
+        target = self._targets[step.table]
+        if step.shape.versioned:
+            return [self._run_staged(transaction, step, target, matched, started)]
+        self._open_ledger(transaction)
+        stage = self._stage(transaction, step, target)
+        covers = self._find_later(transaction, stage, step, target)
+        if not covers:
+            return [self._run_staged(transaction, step, target, matched, started, stage)]
+        self._drop(transaction, stage)
+        done = []
+        for part in cut_step(step, covers):
+            done.append(self._run_staged(transaction, part, target, matched, started))
+            started = time.perf_counter()
+        return done
+
+    def _run_staged(
+        self,
+        transaction: Transaction,
+        step: Step,
+        target: Target,
+        matched: defaultdict[str, int],
+        started: float,
+        stage: sa.TableClause | None = None,
+    ) -> AppliedStep:
+        if stage is None:
+            stage = self._stage(transaction, step, target)
+        changed = transaction.execute(self._set_rows(step, target)).rowcount
+        if step.shape.covers and not step.shape.versioned:
+            self._remember(transaction, stage, step, target)
+        rows = changed
+        expected = step.expected_rows
+        # Where the key itself was set, nothing is left to find the rows by.
+        if (expected is None or changed < expected) and step.shape.key not in step.shape.held:
+            rows = 0
+            for found in transaction.execute(self._count_rows(stage, step, target)):
+                matched[found.update_id] += found.rows
+                rows += found.rows
+            for row in step.rows:
+                matched[row.update_id] += 0
+        self._drop(transaction, stage)
+        return AppliedStep(
+            table=step.table,
+            rows_matched=rows,
+            rows_changed=changed,
+            seconds=time.perf_counter() - started,
+        )
+
+    # Statements ---------------------------------------------------------------------------------
+
+    def _set_rows(self, step: Step, target: Target) -> sa.Update:
+        """The one statement that writes to the target."""
+        shape = step.shape
+        stage = self._stage_clause(shape, target)
+        table = target.clause()
+        where = self._selects(table, stage, shape, target)
+        where += [
+            self._equal(table, stage, shape, target, place)
+            for place, column in enumerate(shape.equals)
+            if column in shape.columns
+        ]
+        values = {
+            table.c[target.column(column).name]: stage.c[f"value_{place}"]
+            for place, column in enumerate(shape.columns)
+            if column != VERSION_COLUMN
+        }
+        own_empty = [column for column in shape.empty if column in shape.columns]
+        if shape.versioned:
+            version = table.c[target.column(VERSION_COLUMN).name]
+            values[version] = stage.c.sequence
+            own_empty = own_empty or [c for c in shape.columns if c != VERSION_COLUMN]
+            empty = sa.and_(*(self._empty(table, target, column) for column in own_empty))
+            where.append(sa.or_(version.is_(None), version < stage.c.sequence))
+            where.append(sa.or_(empty, version.is_not(None)))
+        else:
+            where += [self._empty(table, target, column) for column in own_empty]
+            differs = [
+                self._exact(column, target).is_distinct_from(self._exact(staged, target))
+                for column, staged in values.items()
+            ]
+            where.append(sa.or_(*differs))
+        where += self._bounds(table, step, target)
+        return sa.update(table).values(values).where(*where)
+
+    def _bounds(self, table: sa.TableClause, step: Step, target: Target) -> list[_Condition]:
+        where: list[_Condition] = []
+        for bound in step.bounds:
+            like = target.column(bound.column)
+            where += self.bounded(like, table.c[like.name], bound)
+        return where
+
+    def _selects(
+        self, table: sa.TableClause, stage: sa.TableClause, shape: Shape, target: Target
+    ) -> list[_Condition]:
+        """What makes a row one of the update's, whatever the columns hold that are set."""
+        where = [
+            self._equal(table, stage, shape, target, place)
+            for place, column in enumerate(shape.equals)
+            if column not in shape.columns
+        ]
+        where += [
+            self._empty(table, target, column)
+            for column in shape.empty
+            if column not in shape.columns
+        ]
+        for place, name in enumerate(shape.times):
+            like = target.column(name)
+            interval = Interval(
+                *(stage.c[f"{end}_{place}"] for end in ("start", "end", "starts", "ends"))
+            )
+            time_of = table.c[like.name]
+            condition = self.lies_within(like, time_of, interval, shape.open)
+            if shape.open:
+                timeless = sa.and_(time_of.is_(None), interval.starts.is_(None))
+                condition = sa.or_(condition, timeless)
+            where.append(condition)
+        return where
+
+    def _count_rows(self, stage: sa.TableClause, step: Step, target: Target) -> sa.Select[Any]:
+        """Rows by update that are now as the update wants them."""
+        shape = step.shape
+        table = target.clause()
+        where = self._selects(table, stage, shape, target)
+        if shape.versioned:
+            where.append(table.c[target.column(VERSION_COLUMN).name] >= stage.c.sequence)
+        else:
+            where += [
+                self._exact(table.c[target.column(column).name], target).is_not_distinct_from(
+                    self._exact(stage.c[f"value_{place}"], target)
+                )
+                for place, column in enumerate(shape.columns)
+            ]
+        where += self._bounds(table, step, target)
+        return (
+            sa.select(stage.c.update_id, sa.func.count().label("rows"))
+            .select_from(stage.join(table, sa.and_(*where)))
+            .group_by(stage.c.update_id)
+        )
+
+    def _equal(
+        self,
+        table: sa.TableClause,
+        stage: sa.TableClause,
+        shape: Shape,
+        target: Target,
+        place: int,
+    ) -> _Condition:
+        column = target.column(shape.equals[place])
+        one, other = table.c[column.name], stage.c[f"equal_{place}"]
+        if target.collated and str in self.holds[column.kind]:
+            # The first lets an index be used, the second is the exact one.
+            return sa.and_(one == other, self.bytewise(one) == self.bytewise(other))
+        return one == other
+
+    def _exact(self, expression: _Expression, target: Target) -> _Expression:
+        return self.bytewise(expression) if target.collated else expression
+
+    def _empty(self, table: sa.TableClause, target: Target, name: str) -> _Condition:
+        column = target.column(name)
+        expression = table.c[column.name]
+        if column.kind == "text" and not column.nullable:
+            return expression == sa.literal_column("''")
+        return expression.is_(None)
+
+    @staticmethod
+    def inside(
+        time: _Expression, start: _Expression, end: _Expression, open_ended: bool
+    ) -> _Condition:
+        """``start <= time < end``; where the interval may be open, a NULL end does not count."""
+        if open_ended:
+            return sa.and_(
+                sa.or_(start.is_(None), time >= start), sa.or_(end.is_(None), time < end)
+            )
+        return sa.and_(time >= start, time < end)
+
+    # The stage ----------------------------------------------------------------------------------
+
+    def _stage_columns(self, shape: Shape, target: Target) -> list[StageColumn]:
+        columns = [StageColumn("update_id", "text"), StageColumn("sequence", "integer")]
+        if not shape.versioned:
+            columns += [
+                StageColumn("workspace", "text"),
+                StageColumn("position", "integer"),
+                StageColumn("extras", "text"),
+            ]
+        for place, name in enumerate(shape.equals):
+            columns.append(_like(f"equal_{place}", target.column(name)))
+        for place, name in enumerate(shape.times):
+            like = target.column(name)
+            columns += [
+                StageColumn(f"start_{place}", "time", like),
+                StageColumn(f"end_{place}", "time", like),
+                StageColumn(f"starts_{place}", "integer"),
+                StageColumn(f"ends_{place}", "integer"),
+            ]
+        for place, name in enumerate(shape.columns):
+            if name != VERSION_COLUMN:
+                columns.append(_like(f"value_{place}", target.column(name)))
+        return columns
+
+    def _stage_clause(self, shape: Shape, target: Target) -> sa.TableClause:
+        return _named_stage(repr(shape), self._stage_columns(shape, target))
+
+    def _stage(self, transaction: Transaction, step: Step, target: Target) -> sa.TableClause:
+        columns = self._stage_columns(step.shape, target)
+        stage = _named_stage(repr(step.shape), columns)
+        self._make_stage(transaction, stage.name, columns, target, _stage_rows(step, target))
+        return stage
+
+    def _make_stage(
+        self,
+        transaction: Transaction,
+        name: str,
+        columns: Sequence[StageColumn],
+        target: Target,
+        rows: Sequence[tuple[Any, ...]],
+    ) -> None:
+        table = target.clause()
+        selected: list[_Expression] = []
+        for column in columns:
+            expression: _Expression
+            if column.like is not None and column.kind == "clone":
+                expression = table.c[column.like.name]
+            elif column.like is not None:
+                expression = sa.cast(sa.null(), self.stage_time(column.like))
+            elif column.kind == "text":
+                expression = sa.cast(sa.null(), sa.Text())
+            else:
+                expression = sa.cast(sa.null(), sa.BigInteger())
+            selected.append(expression.label(column.name))
+        # The types are the target's own, so that no comparison has to convert a column.
+        nothing = sa.select(*selected).select_from(table).where(sa.literal_column("1 = 0"))
+        transaction.execute(_CreateStage(name, nothing))
+        self.fill_stage(transaction, name, columns, rows)
+
+    def _drop(self, transaction: Transaction, stage: sa.TableClause) -> None:
+        name = self._engine.dialect.identifier_preparer.quote(stage.name)
+        transaction.execute_text(f"DROP TABLE {name}")
+
+    # The ledger ---------------------------------------------------------------------------------
+
+    def _open_ledger(self, transaction: Transaction) -> None:
+        if not self._has_ledger:
+            transaction.execute(CreateTable(LEDGER, if_not_exists=True))
+            if self.indexed:
+                transaction.execute(CreateIndex(_LEDGER_INDEX, if_not_exists=True))
+            self._has_ledger = True
+        if not self._pruned:
+            before = _now() - self._ledger_days * _DAY
+            transaction.execute(sa.delete(LEDGER).where(LEDGER.c.applied_at < before))
+            self._pruned = True
+
+    def _key_text(self, stage: sa.TableClause, step: Step, target: Target) -> _Expression:
+        if target.column(step.shape.key).kind == "text":
+            return stage.c.equal_0
+        return sa.cast(stage.c.equal_0, sa.Text())
+
+    def _find_later(
+        self, transaction: Transaction, stage: sa.TableClause, step: Step, target: Target
+    ) -> dict[int, list[Cover]]:
+        """By row of the step, what later updates that were applied before took of it."""
+        shape = step.shape
+        spelled = {target.column(name).name: name for name in _names(shape)}
+        where = [
+            LEDGER.c.table_name == sa.bindparam("table_name"),
+            LEDGER.c.key_column == sa.bindparam("key_column"),
+            LEDGER.c.key_value == self._key_text(stage, step, target),
+            LEDGER.c.workspace == stage.c.workspace,
+            LEDGER.c.sequence >= stage.c.sequence,
+            LEDGER.c.update_id != stage.c.update_id,
+        ]
+        found = transaction.execute(
+            sa.select(
+                stage.c.position,
+                LEDGER.c.sequence,
+                LEDGER.c.update_id,
+                LEDGER.c.columns,
+                LEDGER.c.empty,
+                LEDGER.c.extras,
+                LEDGER.c.time_column,
+                LEDGER.c.starts,
+                LEDGER.c.ends,
+            )
+            .select_from(stage.join(LEDGER, sa.and_(*where)))
+            .order_by(stage.c.position, LEDGER.c.sequence, LEDGER.c.update_id, LEDGER.c.starts),
+            {
+                "table_name": target.parts[-1],
+                "key_column": target.column(shape.key).name,
+            },
+        )
+        covers: defaultdict[int, list[Cover]] = defaultdict(list)
+        for later in found:
+            row = step.rows[later.position]
+            if (later.sequence, later.update_id) > (row.sequence, row.update_id):
+                covers[later.position].append(
+                    Cover(
+                        frozenset(spelled.get(name, name) for name in later.columns.split(",")),
+                        frozenset(
+                            spelled.get(name, name) for name in later.empty.split(",") if name
+                        ),
+                        frozenset(
+                            (spelled.get(name, name), distinguish(value))
+                            for name, value in json.loads(later.extras or "[]")
+                        ),
+                        spelled.get(later.time_column, later.time_column) or None,
+                        later.starts,
+                        later.ends,
+                    )
+                )
+        return covers
+
+    def _remember(
+        self, transaction: Transaction, stage: sa.TableClause, step: Step, target: Target
+    ) -> None:
+        """Note what the staged updates took, unless it was noted before."""
+        shape = step.shape
+        timed = bool(shape.times)
+        constants = {
+            "table_name": target.parts[-1],
+            "key_column": target.column(shape.key).name,
+            "columns": ",".join(sorted(target.column(name).name for name in shape.columns)),
+            "empty": ",".join(sorted(target.column(name).name for name in shape.empty)),
+            "time_column": target.column(shape.times[0]).name if timed else "",
+            "applied_at": _now(),
+        }
+        staged: dict[str, _Expression] = {
+            "update_id": stage.c.update_id,
+            "workspace": stage.c.workspace,
+            "key_value": self._key_text(stage, step, target),
+            "extras": stage.c.extras,
+            "starts": stage.c.starts_0 if timed else sa.cast(sa.null(), sa.BigInteger()),
+            "ends": stage.c.ends_0 if timed else sa.cast(sa.null(), sa.BigInteger()),
+            "sequence": stage.c.sequence,
+        }
+        bound = {name: sa.cast(sa.bindparam(name), LEDGER.c[name].type) for name in constants}
+        noted = sa.exists().where(
+            *(
+                LEDGER.c[name] == expression
+                for name, expression in {**bound, **staged}.items()
+                if name not in ("starts", "ends", "sequence", "applied_at")
+            ),
+            LEDGER.c.starts.is_not_distinct_from(staged["starts"]),
+            LEDGER.c.ends.is_not_distinct_from(staged["ends"]),
+        )
+        names = [column.name for column in LEDGER.columns]
+        transaction.execute(
+            sa.insert(LEDGER).from_select(
+                names,
+                sa.select(*({**bound, **staged}[name] for name in names)).where(
+                    stage.c.extras.is_not(None), ~noted
+                ),
+            ),
+            constants,
+        )
+
+    # Looking at tables --------------------------------------------------------------------------
+
+    def _find(self, connection: sa.Connection, table: str) -> Target | None:
+        target = self._targets.get(table) or self.find_table(connection, table.split("."))
+        if target is not None:
+            self._targets[table] = target
+        return target
+
+    def _complete(self, target: Target | None, shape: Shape) -> Target:
+        """The target with what it lacks for the shape, as `load` would make it."""
+        columns = {} if target is None else dict(target.columns)
+        times = {*shape.times, *(shape.messages or ())[1:]}
+        for name in _names(shape):
+            kind = "time" if name in times else "integer" if name == VERSION_COLUMN else "text"
+            columns.setdefault(name.lower(), self.assume(kind, name))
+        return Target(
+            parts=tuple(shape.table.split(".")) if target is None else target.parts,
+            columns=columns,
+            collated=target is not None and target.collated,
+        )
+
+    def _check(self, connection: sa.Connection, step: Step) -> dict[str, TableError]:
+        """The updates of the step that this table cannot take, each with the reason."""
+        known = step.table in self._targets
+        refused = self._check_against(connection, self._find(connection, step.table), step)
+        if refused and known:
+            # The table may have been mended since it was looked at.
+            del self._targets[step.table]
+            refused = self._check_against(connection, self._find(connection, step.table), step)
+        return refused
+
+    def _check_against(
+        self, connection: sa.Connection, target: Target | None, step: Step
+    ) -> dict[str, TableError]:
+        shape = step.shape
+        reason = (
+            self._refuse_missing(connection, step.table)
+            if target is None
+            else self._refuse_shape(target, step)
+        )
+        if target is None or reason is not None:
+            error = TableError(f"{reason}; nothing of these updates was written")
+            return {row.update_id: error for row in step.rows}
+        refused: dict[str, TableError] = {}
+        checks = [(name, 0, place) for place, name in enumerate(shape.equals)]
+        checks += [(name, 1, place) for place, name in enumerate(shape.columns)]
+        for name, is_set, place in checks:
+            column = target.column(name)
+            values = [(row.values if is_set else row.equals)[place] for row in step.rows]
+            if self._holds_all(column, values):
+                continue
+            for row, value in zip(step.rows, values, strict=True):
+                reason = self._refuse(column, value)
+                if reason is not None:
+                    refused[row.update_id] = TableError(
+                        f"table {step.table!r}, column {column.name!r}: {reason}; "
+                        "nothing of this update was written"
+                    )
+        return refused
+
+    def _refuse_missing(self, connection: sa.Connection, table: str) -> str:
+        names = self.list_tables(connection)
+        near = get_close_matches(table.lower(), [name.lower() for name in names], n=3, cutoff=0.5)
+        shown = ", ".join(sorted(name for name in names if name.lower() in near))
+        hint = f"the nearest names are: {shown}" if near else f"it has {len(names)} others"
+        return f"the database has no table {table!r}; {hint}"
+
+    def _refuse_shape(self, target: Target, step: Step) -> str | None:
+        shape = step.shape
+        where = f"table {step.table!r}"
+        if target.view:
+            return f"{step.table!r} is a view; updates need the table under it"
+        missing = [name for name in _names(shape) if name.lower() not in target.columns]
+        if missing:
+            return f"{where} has no column {self._add_columns(target, step, missing)}"
+        names = [target.column(name).name for name in shape.columns]
+        if len(set(names)) < len(names):
+            return f"{where}: two names of the update mean one column"
+        for name in shape.columns:
+            if target.column(name).generated:
+                return f"{where}, column {name!r}: it is computed and cannot be set"
+        for name in (*shape.times, *(shape.messages or ())[1:]):
+            reason = self.refuse_time(target.column(name))
+            if reason is not None:
+                return f"{where}, column {name!r}: {reason}"
+        return None
+
+    def _add_columns(self, target: Target, step: Step, missing: Sequence[str]) -> str:
+        quote = self._engine.dialect.identifier_preparer.quote
+        named = ".".join(quote(part) for part in target.parts)
+        shape = step.shape
+        commands = []
+        for name in missing:
+            kind = "text"
+            if name in shape.times or name in (shape.messages or ())[1:]:
+                kind = "time"
+            elif name in shape.columns:
+                values = [row.values[shape.columns.index(name)] for row in step.rows]
+                kind = next((_KINDS[type(value)] for value in values if value is not None), "text")
+            commands.append(f"ALTER TABLE {named} ADD COLUMN {quote(name)} {self.types[kind]}")
+        near = get_close_matches(missing[0].lower(), target.columns, n=1, cutoff=0.7)
+        hint = f" (there is {target.column(near[0]).name!r})" if near else ""
+        shown = ", ".join(repr(name) for name in missing)
+        return f"{shown}{hint}; add it with: {'; '.join(commands)}"
+
+    def _holds_all(self, column: Column, values: Sequence[Value]) -> bool:
+        """Whether no value needs to be looked at on its own."""
+        return column.kind == "text" and all(
+            isinstance(value, str) and (column.width is None or len(value) <= column.width)
+            for value in values
+        )
+
+    def _refuse(self, column: Column, value: Value) -> str | None:
+        """Why a column cannot hold a value, or ``None``; the value itself is not shown."""
+        kind = column.kind
+        if value is None:
+            if column.nullable or kind == "text":
+                return None
+            return f"null was found; it is {column.declared} NOT NULL"
+        found = _KINDS[type(value)]
+        needed = f"{found} was found; it is {column.declared or 'of no declared type'}"
+        if type(value) not in self.holds[kind]:
+            return needed
+        if isinstance(value, str):
+            if column.width is not None and len(value) > column.width:
+                return f"a text of {len(value)} characters was found; it is {column.declared}"
+            if (
+                (kind == "numeric" and _is_number(value))
+                or (kind == "uuid" and not _is_uuid(value))
+                or (kind == "time" and _time_or_none(value) is None)
+            ):
+                return f"a text that it cannot hold unchanged was found; it is {column.declared}"
+            return None
+        if kind == "integer" and isinstance(value, float) and not value.is_integer():
+            return needed
+        if (column.low is not None and value < column.low) or (
+            column.high is not None and value > column.high
+        ):
+            return f"a number out of its range was found; it is {column.declared}"
+        return None
+
+    # Loading rows -------------------------------------------------------------------------------
+
+    def _load(
+        self,
+        transaction: Transaction,
+        table: str,
+        rows: Sequence[Mapping[str, object]],
+        key: str,
+        columns: Mapping[str, str],
+        fill: Sequence[str],
+    ) -> int:
+        self._targets.pop(table, None)
+        target = self._create(transaction, table, key, columns)
+        stage_columns = [
+            StageColumn(f"value_{place}", "time", target.column(name))
+            if kind == "time"
+            else _like(f"value_{place}", target.column(name))
+            for place, (name, kind) in enumerate(columns.items())
+        ]
+        stage = _named_stage(repr((table, tuple(columns.items()))), stage_columns)
+        first: dict[object, Mapping[str, object]] = {}
+        for row in rows:
+            first.setdefault(row[key], row)
+        self._make_stage(
+            transaction,
+            stage.name,
+            stage_columns,
+            target,
+            [tuple(row.get(name) for name in columns) for row in first.values()],
+        )
+        clause = target.clause()
+        staged = {name: stage.c[f"value_{place}"] for place, name in enumerate(columns)}
+        same = clause.c[target.column(key).name] == staged[key]
+        if fill:
+            lacks = {
+                name: sa.and_(self._empty(clause, target, name), staged[name].is_not(None))
+                for name in fill
+            }
+            filled = {
+                clause.c[target.column(name).name]: sa.case(
+                    (lacks[name], staged[name]), else_=clause.c[target.column(name).name]
+                )
+                for name in fill
+            }
+            transaction.execute(
+                sa.update(clause).values(filled).where(same, sa.or_(*lacks.values()))
+            )
+        inserted = transaction.execute(
+            sa.insert(clause).from_select(
+                [target.column(name).name for name in columns],
+                sa.select(*staged.values()).where(
+                    ~sa.exists(sa.select(sa.literal_column("1")).select_from(clause).where(same))
+                ),
+            )
+        ).rowcount
+        self._drop(transaction, stage)
+        return inserted
+
+    def _create(
+        self, transaction: Transaction, table: str, key: str, columns: Mapping[str, str]
+    ) -> Target:
+        quote = self._engine.dialect.identifier_preparer.quote
+        named = ".".join(quote(part) for part in table.split("."))
+        target = self._find(transaction.connection, table)
+        if target is None:
+            declared = ", ".join(
+                f"{quote(name)} {self.types[kind]}{' PRIMARY KEY' if name == key else ''}"
+                for name, kind in columns.items()
+            )
+            transaction.execute_text(f"CREATE TABLE {named} ({declared})")
+            if self.indexed and "anonymous_id" in columns:
+                index = quote(f"{table.replace('.', '_')}_anonymous_id")
+                transaction.execute_text(f"CREATE INDEX {index} ON {named} (anonymous_id)")
+        else:
+            if target.view:
+                raise TableError(f"{table!r} is a view; rows cannot be loaded into it")
+            for name, kind in columns.items():
+                if name.lower() not in target.columns:
+                    transaction.execute_text(
+                        f"ALTER TABLE {named} ADD COLUMN {quote(name)} {self.types[kind]}"
+                    )
+        self._targets.pop(table, None)
+        found = self._find(transaction.connection, table)
+        assert found is not None, "a table that was created is there"
+        return found
+
+
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.ASCII | re.IGNORECASE)
+_KINDS: Mapping[type, str] = {str: "text", bool: "boolean", int: "integer", float: "float"}
+
+
+def _names(shape: Shape) -> tuple[str, ...]:
+    """All columns that a shape speaks of, each once."""
+    messages = (shape.messages or ())[1:]
+    return tuple(
+        dict.fromkeys((*shape.equals, *shape.columns, *shape.empty, *shape.times, *messages))
+    )
+
+
+def _like(name: str, column: Column) -> StageColumn:
+    return StageColumn(name, "time" if column.kind == "time" else "clone", column)
+
+
+def _named_stage(content: str, columns: Sequence[StageColumn]) -> sa.TableClause:
+    # Temporary tables belong to one session, so that equal content may have an equal name.
+    name = f"recognition_stage_{blake2b(content.encode(), digest_size=4).hexdigest()}"
+    return sa.table(name, *(sa.column(column.name) for column in columns))
+
+
+def _stage_rows(step: Step, target: Target) -> list[tuple[Any, ...]]:
+    """The rows of the step in the order of the stage's columns."""
+    shape = step.shape
+    keys = [_converter(target.column(name)) for name in shape.equals]
+    values = [_converter(target.column(name)) for name in shape.columns]
+    staged_values = [place for place, name in enumerate(shape.columns) if name != VERSION_COLUMN]
+    staged = []
+    extras = _ExtrasNotes(shape, target)
+    for position, row in enumerate(step.rows):
+        line: list[Any] = [row.update_id, row.sequence]
+        if not shape.versioned:
+            line += [row.workspace, position, extras.note(row)]
+        for value, convert in zip(row.equals, keys, strict=True):
+            line.append(value if convert is None else convert(value))
+        for start, end in row.intervals:
+            line += [start, end, start, end]
+        for place in staged_values:
+            convert = values[place]
+            line.append(row.values[place] if convert is None else convert(row.values[place]))
+        staged.append(tuple(line))
+    return staged
+
+
+class _ExtrasNotes:
+    """What the ledger notes of a row's further equalities; ``None``: another row notes it."""
+
+    def __init__(self, shape: Shape, target: Target) -> None:
+        self._shape = shape
+        self._names = [target.column(name).name for name in shape.equals]
+        self._noted: set[tuple[object, ...]] = set()
+
+    def note(self, row: StagedRow) -> str | None:
+        shape = self._shape
+        extras = list(zip(self._names[1:], row.equals[1:], strict=True))
+        if shape.speaks_for_interval:
+            assert shape.messages is not None
+            id_place = shape.equals.index(shape.messages[0])
+            del extras[id_place - 1]
+            same = (row.update_id, row.equals[0], *extras)
+            if same in self._noted:
+                return None
+            self._noted.add(same)
+        return json.dumps(extras, ensure_ascii=False) if extras else ""
+
+
+def _converter(column: Column) -> Callable[[Value], object] | None:
+    """What makes a value one that the column holds, after it was found that it does."""
+    if column.kind == "text":
+        return None if column.nullable else lambda value: "" if value is None else value
+    if column.kind == "time":
+        return lambda value: None if value is None else _time_or_none(value)
+    if column.kind == "integer":
+        return lambda value: None if value is None else int(value)
+    if column.kind == "float":
+        return lambda value: None if value is None else float(value)
+    return None
+
+
+def _time_or_none(value: object) -> int | None:
+    try:
+        return parse_time(value)
+    except EventError:
+        return None
+
+
+def _is_number(text: str) -> bool:
+    """Whether SQLite would turn the text into a number (https://sqlite.org/datatype3.html#3.2)."""
+    return _NUMBER.fullmatch(text) is not None
+
+
+def _is_uuid(text: str) -> bool:
+    try:
+        UUID(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _show(time_or_none: int | None) -> str:
+    return "..." if time_or_none is None else render_time(time_or_none)
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000

@@ -1,0 +1,965 @@
+"""
+The command `recognition`: arguments in, results to stdout, talk and progress to stderr.
+
+It decides nothing: who owns what is decided by the recognizer, which statement is sent by the sink.
+Exit code 0: all done; 1: some events or updates were rejected, or what was asked for is not there;
+2: wrong usage or configuration; 3: an engine failed, and what was written is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, Protocol, Self, TypeVar, runtime_checkable
+
+import recognition
+from recognition.attribution import BEGINNING, END, Policy
+from recognition.config import (
+    Settings,
+    build_bots,
+    build_format,
+    build_rules,
+    hide_password,
+    load_settings,
+    render_reference,
+)
+from recognition.delivery import deliver
+from recognition.demo import generate_events
+from recognition.errors import (
+    ConfigurationError,
+    InputError,
+    MessageError,
+    MissingDependencyError,
+    RecognitionError,
+)
+from recognition.events import Identifier, Reject, RejectsFile, read_events, render_time
+from recognition.graph import Explanation, Graph, open_graph
+from recognition.identity import ANONYMOUS
+from recognition.layouts import LAYOUTS, Row
+from recognition.messages import VERSION_COLUMN, UpdateByCriteria, json_schema, read_updates
+from recognition.planner import Plan, plan_updates
+from recognition.recognizer import Recognition, Recognizer
+from recognition.rules import Supersede
+from recognition.sinks import Applied, Sink, installed_schemes, open_sink
+
+_DONE, _REJECTED, _WRONG, _FAILED = 0, 1, 2, 3
+_INTERRUPTED, _PIPE_CLOSED = 130, 141  # 128 + the signal's number, as shells have it
+
+#: How many rejects are listed; all of them are counted, and all are in the rejects file.
+_LISTED = 20
+
+#: How many updates wait in the outbox before they are applied while events still come.
+_WINDOW = 10_000
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code, never raises for anything but a wrong usage."""
+    arguments = _build_parser().parse_args(argv)
+    try:
+        code: int = arguments.command(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the results has enough; nothing more is written, at the exit neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
+    except KeyboardInterrupt:
+        _say(arguments, "stopped; what was reported done is done, the same command goes on")
+        return _INTERRUPTED
+    except RecognitionError as error:
+        if arguments.traceback:
+            raise
+        print(_tell(error), file=sys.stderr)
+        return _WRONG if isinstance(error, ConfigurationError | InputError) else _FAILED
+    except Exception as error:
+        if arguments.traceback:
+            raise
+        # Its text is not shown: nobody knows what is in it.
+        print(
+            f"recognition: {type(error).__name__}: this is a fault of recognition itself;"
+            " --traceback shows where. Nothing that was reported done is lost.",
+            file=sys.stderr,
+        )
+        return _FAILED
+    return code
+
+
+# ------------------------------------------------------------------------------------- arguments
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="recognition",
+        description="Retroactive user recognition: when a visitor is identified, the earlier rows"
+        " follow.",
+        epilog="Exit codes: 0 all done; 1 some events or updates were rejected, or not found;"
+        " 2 wrong usage or configuration; 3 an engine failed.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"recognition {recognition.__version__}"
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], help: str, *groups: str
+    ) -> argparse.ArgumentParser:
+        parents = [_common(), *(_GROUPS[group]() for group in groups)]
+        found = commands.add_parser(name, help=help, description=help, parents=parents)
+        found.set_defaults(command=run)
+        return found
+
+    demo = command("demo", _demo, "Make events, run them, and show what changed.")
+    demo.add_argument("--dir", type=Path, default=Path("recognition-demo"), metavar="DIR")
+    demo.add_argument("--visitors", type=_positive, default=3000, metavar="N")
+    demo.add_argument("--seed", type=int, default=0, metavar="N")
+    demo.add_argument("--sink", choices=("sqlite", "duckdb"), default="sqlite")
+
+    run = command(
+        "run", _run, "Take events in, and bring the sink's rows up to date.", "graph", "events"
+    )
+    run.add_argument(
+        "--show-sql", action="store_true", help="print the statements that were sent, too"
+    )
+    command(
+        "plan",
+        _plan,
+        "The same as run, over a graph that forgets: print updates and SQL, write nothing.",
+        "graph",
+        "events",
+    )
+    apply = command("apply", _apply, "Apply update messages (NDJSON) to a sink.", "sink")
+    apply.add_argument("updates", nargs="+", metavar="UPDATES", help="files; - is stdin")
+    apply.add_argument("--show-sql", action="store_true", help="print the statements, too")
+
+    explain = command("explain", _explain, "Why does this belong to this person?", "graph")
+    explain.add_argument("subject", metavar="SUBJECT", help="a message id, or TYPE:VALUE")
+    forget = command("forget", _forget, "Erase a person; its rows become unknown.", "graph", "sink")
+    forget.add_argument("identifier", metavar="TYPE:VALUE", help="a bare value is a user_id")
+    unlink = command(
+        "unlink", _unlink, "Part two identifiers, or a device and one, for good.", "graph", "sink"
+    )
+    unlink.add_argument("one", metavar="TYPE:VALUE")
+    unlink.add_argument("other", metavar="TYPE:VALUE")
+    release = command(
+        "release", _release, "Take a device from everybody, up to now.", "graph", "sink"
+    )
+    release.add_argument("anonymous_id", metavar="ANONYMOUS_ID")
+    command("stats", _stats, "Count what the graph holds.", "graph")
+    command("schema", _schema, "Print the JSON schema of the update message.")
+    command("sinks", _sinks, "List the sinks that are installed.")
+    config = command("config", _config, "Print the settings in force.", "graph", "sink")
+    config.add_argument(
+        "--reference", action="store_true", help="print all settings and what they mean"
+    )
+    return parser
+
+
+def _common() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--json", action="store_true", help="one JSON document to stdout")
+    parser.add_argument("--quiet", action="store_true", help="no progress, no talk")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="default: recognition.toml")
+    return parser
+
+
+def _graph_arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--graph", metavar="URL", help="default: sqlite:///recognition.db")
+    parser.add_argument("--workspace", metavar="NAME")
+    parser.add_argument("--policy", choices=[policy.value for policy in Policy])
+    parser.add_argument("--layout", metavar="NAME", help=", ".join(LAYOUTS))
+    parser.add_argument(
+        "--target-column", metavar="COLUMN", help="receives the owner; default: the user column"
+    )
+    parser.add_argument("--lookback-days", type=int, metavar="N")
+    return parser
+
+
+def _sink_arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--sink", metavar="URL", help="for example sqlite:///warehouse.db")
+    return parser
+
+
+def _event_arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, parents=[_sink_arguments()])
+    parser.add_argument(
+        "events", nargs="+", metavar="EVENTS", help="NDJSON or CSV files, also gzip; - is stdin"
+    )
+    parser.add_argument(
+        "--load", action="store_true", help="create the tables and write the rows, too"
+    )
+    parser.add_argument("--format", metavar="NAME", help="how events are written")
+    parser.add_argument("--traits", metavar="NAMES", help="traits to write beside the user: a,b")
+    parser.add_argument("--batch-size", type=_positive, metavar="N")
+    parser.add_argument(
+        "--rejects", type=Path, metavar="FILE", help="run's default: rejects.ndjson"
+    )
+    return parser
+
+
+_GROUPS = {"graph": _graph_arguments, "sink": _sink_arguments, "events": _event_arguments}
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return number
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    given = {key: value for key, value in vars(arguments).items() if key in Settings.model_fields}
+    return load_settings(given, os.environ, arguments.config)
+
+
+# ---------------------------------------------------------------------------------- run and plan
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What happened so far; numbers of things."""
+
+    events: int = 0
+    rejected: int = 0
+    bots: int = 0
+    anonymous: int = 0
+    identified: int = 0
+    blocked: int = 0
+    claims: int = 0
+    links: int = 0
+    conflicts: int = 0
+    stamped: int = 0
+    rows_loaded: int = 0
+    updates: int = 0
+    updates_applied: int = 0
+    updates_rejected: int = 0
+    rows_matched: int = 0
+    rows_changed: int = 0
+    statements: int = 0
+
+    def count(self, batch: Recognition, *, stamps: bool) -> None:
+        self.events += len(batch.events)
+        self.bots += batch.bots
+        self.anonymous += batch.anonymous
+        self.identified += batch.identified
+        self.blocked += batch.blocked
+        self.claims += batch.claims
+        self.links += batch.links
+        self.conflicts += batch.conflicts
+        self.stamped += batch.stamped if stamps else 0
+        self.updates += batch.updates
+
+
+@runtime_checkable
+class _Loading(Sink, Protocol):
+    """A sink that also writes the rows of events, for who has no pipeline that does."""
+
+    def load(
+        self,
+        table: str,
+        rows: Sequence[Mapping[str, object]],
+        *,
+        key: str,
+        columns: Mapping[str, str],
+        fill: Sequence[str] = (),
+    ) -> int: ...
+
+
+class _Way:
+    """One way from files to rows, with its count: `run`, `plan` and `demo` take it."""
+
+    def __init__(
+        self, arguments: argparse.Namespace, settings: Settings, graph: Graph, sink: Sink | None
+    ) -> None:
+        self.tally = _Tally()
+        #: The statements that were sent, each with how often.
+        self.sql: Counter[str] = Counter()
+        #: The first `_LISTED` rejects, as they are told.
+        self.rejects: list[str] = []
+        self.recognizer = Recognizer(
+            graph, build_rules(settings, stamps=arguments.load), bots=build_bots(settings)
+        )
+        self._arguments = arguments
+        self._settings = settings
+        self._graph = graph
+        self._sink = sink
+        self._delivered = 0
+
+    @property
+    def code(self) -> int:
+        return _REJECTED if self.tally.rejected or self.tally.updates_rejected else _DONE
+
+    def take_in(self, rejects: Callable[[Reject], object] | None) -> Iterator[Recognition]:
+        """Read all sources and yield each batch as the graph has decided it."""
+
+        def reject(found: Reject) -> None:
+            self.tally.rejected += 1
+            member = "" if found.index is None else f"[{found.index}]"
+            self._list(f"{found.source}:{found.line}{member}: {found.reason}")
+            if rejects is not None:
+                rejects(found)
+
+        form = build_format(self._settings)
+        with _Progress(self._arguments, self._arguments.events, "events") as progress:
+            events = progress.read(lambda source: read_events(source, format=form, rejects=reject))
+            while batch := list(islice(events, self._settings.batch_size)):
+                decided = self.recognizer.process(batch)
+                self.tally.count(decided, stamps=self.recognizer.rules.stamps)
+                progress.show(self.tally.events)
+                yield decided
+
+    def carry(self, rejects: Callable[[Reject], object]) -> None:
+        """Everything from the files to the rows; an error on the way says how far it came."""
+        try:
+            for decided in self.take_in(rejects):
+                self.write(decided)
+            self.deliver()
+        except RecognitionError as error:
+            tally = self.tally
+            if tally.events:
+                error.add_note(
+                    f"Before it, {tally.events:,} events went into the graph, {tally.rows_loaded:,}"
+                    f" rows were loaded and {tally.updates_applied:,} updates applied, which"
+                    f" changed {tally.rows_changed:,} rows. That is durable. The same command goes"
+                    " on from there and does nothing twice."
+                )
+            raise
+
+    def write(self, decided: Recognition) -> None:
+        """Load a batch's rows, where that is asked for, and apply updates when many wait."""
+        if self._arguments.load and self._sink is not None:
+            for table, rows in self.recognizer.rows(decided).items():
+                self.tally.rows_loaded += self._load(table, rows)
+            self.tally.updates += self.recognizer.flushed(decided.receipt)
+        if self.tally.updates - self._delivered >= _WINDOW:
+            self.deliver()
+
+    def _load(self, table: str, rows: Sequence[Row]) -> int:
+        if not isinstance(self._sink, _Loading):
+            raise ConfigurationError("this sink cannot load rows; leave --load away")
+        rules = self.recognizer.rules
+        named = rules.layout.columns_of(table)
+        # The columns that recognition writes are there from the start, and where rows are loaded
+        # again, because the first time broke off before they were reported, they are filled.
+        written = list(rules.values_of(table, None, ()))
+        columns = dict.fromkeys([*(name for row in rows for name in row), *written], "text")
+        columns[named.time] = "time"
+        if rules.supersede_of(table) is Supersede.VERSION:
+            columns[VERSION_COLUMN] = "integer"
+        return self._sink.load(table, rows, key=named.id, columns=columns, fill=written)
+
+    def deliver(self) -> None:
+        """Apply all that waits in the outbox, what other runs have left there included."""
+        self._delivered = self.tally.updates
+        if self._sink is None:
+            return
+        done = deliver(self._graph, self._sink, watch=self._watch)
+        self.tally.updates_applied += done.updates
+        self.tally.rows_matched += done.rows_matched
+        self.tally.rows_changed += done.rows_changed
+        self.tally.statements += done.statements
+        self.tally.updates_rejected += len(done.rejected)
+        for update_id, error in done.rejected:
+            self._list(f"update {update_id}: {error}")
+
+    def _watch(self, plan: Plan, applied: Applied) -> None:
+        del applied
+        if self._sink is not None and self._arguments.show_sql:
+            self.sql.update(map(self._sink.compile, plan.steps))
+
+    def _list(self, line: str) -> None:
+        if len(self.rejects) < _LISTED:
+            self.rejects.append(line)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    settings = _settings(arguments)
+    if arguments.load and settings.sink is None:
+        raise ConfigurationError("--load writes rows into a sink: name one with --sink URL")
+    _look_for(arguments.events)
+    started = time.monotonic()
+    with ExitStack() as stack:
+        graph = stack.enter_context(closing(open_graph(settings.graph)))
+        way = _Way(arguments, settings, graph, _open_sink(settings, stack))
+        path = arguments.rejects or Path("rejects.ndjson")
+        rejects = stack.enter_context(RejectsFile(path))
+        way.carry(rejects)
+        waiting = graph.stats().pending_updates if settings.sink is None else 0
+    result = {**asdict(way.tally), "seconds": round(time.monotonic() - started, 3)}
+    if rejects.count:
+        result["rejects_file"] = str(path)
+    _print_result(arguments, result, way.rejects, way.sql)
+    if waiting:
+        _say(
+            arguments,
+            f"no sink was named: {waiting:,} updates are in the outbox of"
+            f" {hide_password(settings.graph)}; a run with --sink applies them",
+        )
+    return way.code
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    settings = _settings(arguments)
+    _look_for(arguments.events)
+    with ExitStack() as stack:
+        graph = stack.enter_context(
+            closing(_open_existing(settings.graph) or open_graph("memory:"))
+        )
+        rehearsal = stack.enter_context(closing(graph.rehearse()))
+        sink = _open_sink(settings, stack)
+        way = _Way(arguments, settings, rehearsal, sink)
+        rejects = None
+        if arguments.rejects is not None:
+            rejects = stack.enter_context(RejectsFile(arguments.rejects))
+        for _ in way.take_in(rejects):
+            pass
+        updates = [item.update for item in rehearsal.lease_updates(sys.maxsize, 60.0)]
+        steps = plan_updates(updates).steps
+        sql = [] if sink is None else [sink.compile(step) for step in steps]
+    if arguments.json:
+        messages = [json.loads(update.to_json()) for update in updates]
+        result = {**asdict(way.tally), "update_messages": messages, "sql": sql}
+        _print_json({**result, "rejects": way.rejects})
+    else:
+        for update in updates:
+            print(update.to_json())
+        _print_sql(Counter(sql))
+        _list_rejects(arguments, way.rejects, way.tally.rejected)
+    loaded = (
+        f" rows would be loaded, {way.tally.stamped:,} of them stamped;" if arguments.load else ""
+    )
+    _say(
+        arguments,
+        f"{way.tally.events:,} events{loaded} {len(updates):,} updates in {len(sql):,} statements;"
+        " nothing was written",
+    )
+    return way.code
+
+
+def _apply(arguments: argparse.Namespace) -> int:
+    settings = _settings(arguments)
+    if settings.sink is None:
+        raise ConfigurationError("updates are applied to a sink: name one with --sink URL")
+    _look_for(arguments.updates)
+    rejects: list[str] = []
+    sql: Counter[str] = Counter()
+    matched: dict[str, int] = {}
+    result = {"updates_applied": 0, "updates_rejected": 0, "rows_matched": 0, "rows_changed": 0}
+
+    def read(source: str | IO[bytes]) -> Iterator[UpdateByCriteria]:
+        name, lines = ("-", sys.stdin.buffer) if isinstance(source, str) else (source.name, source)
+        for number, update in read_updates(lines):
+            if isinstance(update, MessageError):
+                rejects.append(f"{name}:{number}: {update}")
+            else:
+                yield update
+
+    with ExitStack() as stack:
+        sink = stack.enter_context(closing(open_sink(settings.sink)))
+        progress = stack.enter_context(_Progress(arguments, arguments.updates, "updates"))
+        updates = progress.read(read)
+        while window := list(islice(updates, _WINDOW)):
+            plan = plan_updates(window)
+            try:
+                done = sink.apply(plan)
+            except RecognitionError as error:
+                error.add_note(f"Before it, {result['updates_applied']:,} updates were applied.")
+                raise
+            refused = [*plan.rejected, *done.rejected]
+            rejects += [f"update {update_id}: {error}" for update_id, error in refused]
+            result["updates_applied"] += len(plan.updates) - len(done.rejected)
+            result["rows_matched"] += done.rows_matched
+            result["rows_changed"] += done.rows_changed
+            matched.update(done.matched_by_update)
+            if arguments.show_sql:
+                sql.update(map(sink.compile, plan.steps))
+            progress.show(result["updates_applied"])
+    result["updates_rejected"] = len(rejects)
+    more = {"matched_by_update": matched} if arguments.json else {}
+    _print_result(arguments, {**result, **more}, rejects, sql)
+    return _REJECTED if rejects else _DONE
+
+
+def _look_for(sources: Sequence[str]) -> None:
+    """Refuse a file that is missing before anything is opened for writing."""
+    for source in sources:
+        if source != "-" and not os.path.exists(source):
+            raise InputError(f"{source} is not there")
+
+
+def _open_sink(settings: Settings, stack: ExitStack) -> Sink | None:
+    return stack.enter_context(closing(open_sink(settings.sink))) if settings.sink else None
+
+
+def _open_existing(url: str) -> Graph | None:
+    """The graph, or ``None`` where it is a file that is not there yet: opening would make it."""
+    path = url.removeprefix("sqlite:///")
+    return None if path != url and not Path(path).exists() else open_graph(url)
+
+
+# ----------------------------------------------------------------------------- the other commands
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    settings = _settings(arguments)
+    with closing(_graph(settings)) as graph:
+        recognizer = Recognizer(graph, build_rules(settings, stamps=True))
+        found = recognizer.explain(_subject(arguments.subject, recognizer))
+    if arguments.json:
+        _print_json(_plain(found))
+    else:
+        _print_explanation(arguments.subject, found)
+    return _DONE if found.found else _REJECTED
+
+
+def _forget(arguments: argparse.Namespace) -> int:
+    return _undo(
+        arguments,
+        lambda recognizer: recognizer.forget(_identifier(arguments.identifier, recognizer)),
+    )
+
+
+def _unlink(arguments: argparse.Namespace) -> int:
+    return _undo(
+        arguments,
+        lambda recognizer: recognizer.unlink(
+            _identifier(arguments.one, recognizer), _identifier(arguments.other, recognizer)
+        ),
+    )
+
+
+def _release(arguments: argparse.Namespace) -> int:
+    return _undo(arguments, lambda recognizer: recognizer.release(arguments.anonymous_id))
+
+
+def _undo(arguments: argparse.Namespace, undo: Callable[[Recognizer], int]) -> int:
+    """Change the graph, then bring the sink's rows up to date, where one is named."""
+    settings = _settings(arguments)
+    with ExitStack() as stack:
+        graph = stack.enter_context(closing(_graph(settings)))
+        sink = _open_sink(settings, stack)
+        result = {"updates": undo(Recognizer(graph, build_rules(settings, stamps=True)))}
+        rejects: list[str] = []
+        if sink is not None:
+            done = deliver(graph, sink)
+            result["updates_applied"] = done.updates
+            result["rows_changed"] = done.rows_changed
+            rejects = [f"update {update_id}: {error}" for update_id, error in done.rejected]
+    _print_result(arguments, result, rejects, Counter())
+    if sink is None and result["updates"]:
+        _say(arguments, "no sink was named: the updates are in the graph's outbox")
+    return _REJECTED if rejects else _DONE
+
+
+def _stats(arguments: argparse.Namespace) -> int:
+    with closing(_graph(_settings(arguments))) as graph:
+        _print_result(arguments, asdict(graph.stats()), [], Counter())
+    return _DONE
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    del arguments
+    _print_json(json_schema())
+    return _DONE
+
+
+def _sinks(arguments: argparse.Namespace) -> int:
+    missing: dict[str, str] = {}
+    for scheme in installed_schemes():
+        try:
+            open_sink(f"{scheme}://").close()
+        except MissingDependencyError as error:
+            missing[scheme] = str(error)
+        except RecognitionError:
+            pass  # It is there, and wants a better URL.
+    if arguments.json:
+        _print_json([{"scheme": s, "missing": missing.get(s)} for s in installed_schemes()])
+    else:
+        for scheme in installed_schemes():
+            print(f"{scheme:<16}{missing.get(scheme, 'ready')}")
+    return _DONE
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    if arguments.reference:
+        print(render_reference(), end="")
+        return _DONE
+    settings = _settings(arguments).model_dump(mode="json")
+    for key in ("graph", "sink"):
+        settings[key] = settings[key] and hide_password(settings[key])
+    if arguments.json:
+        _print_json(settings)
+    else:
+        for key, value in settings.items():
+            print(f"{key} = {json.dumps(value, ensure_ascii=False)}")
+    return _DONE
+
+
+def _graph(settings: Settings) -> Graph:
+    graph = _open_existing(settings.graph)
+    if graph is None:
+        raise ConfigurationError(
+            f"there is no graph at {hide_password(settings.graph)}; name another one with --graph"
+        )
+    return graph
+
+
+def _subject(text: str, recognizer: Recognizer) -> Identifier | str:
+    """``TYPE:VALUE`` of a known type, or the id of a message."""
+    type, colon, value = text.partition(":")
+    known = {ANONYMOUS, *recognizer.rules.identity.known}
+    return Identifier(type, value) if colon and type in known else text
+
+
+def _identifier(text: str, recognizer: Recognizer) -> Identifier:
+    subject = _subject(text, recognizer)
+    return subject if isinstance(subject, Identifier) else Identifier("user_id", subject)
+
+
+# ------------------------------------------------------------------------------------------ demo
+
+# The first line of the settings that a demo leaves behind; by it the next one knows its directory.
+_DEMO_MARK = "# Written by `recognition demo`; the next demo writes this directory anew."
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    directory: Path = arguments.dir
+    _clear_demo(directory)
+    suffix = "db" if arguments.sink == "sqlite" else "duckdb"
+    settings = Settings(
+        graph=f"sqlite:///{directory / 'graph.db'}",
+        sink=f"{arguments.sink}:///{directory / f'warehouse.{suffix}'}",
+        traits=("email",),
+    )
+    (directory / "recognition.toml").write_text(
+        f"{_DEMO_MARK}\n"
+        'graph = "sqlite:///graph.db"\n'
+        f'sink = "{arguments.sink}:///warehouse.{suffix}"\n'
+        'traits = ["email"]\n',
+        encoding="utf-8",
+    )
+    events = directory / "events.ndjson"
+    story = _Story()
+    started = time.monotonic()
+    with events.open("w", encoding="utf-8") as file:
+        for event in generate_events(arguments.visitors, seed=arguments.seed):
+            file.write(json.dumps(event) + "\n")
+            story.events[str(event["messageId"])] = event
+    arguments.load, arguments.show_sql, arguments.events = True, True, [str(events)]
+    with ExitStack() as stack:
+        graph = stack.enter_context(closing(open_graph(settings.graph)))
+        way = _Way(arguments, settings, graph, _open_sink(settings, stack))
+        for decided in way.take_in(None):
+            way.write(decided)
+            story.note(way.recognizer.rows(decided))
+        way.deliver()
+    story.look(str(settings.sink))
+    (directory / "statements.sql").write_text(
+        "\n\n".join(map(_terminate, way.sql)) + "\n", encoding="utf-8"
+    )
+    seconds = time.monotonic() - started
+    files = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
+    if arguments.json:
+        result = {**story.count(), **asdict(way.tally), "seconds": round(seconds, 3)}
+        _print_json({**result, "directory": str(directory), "files": files})
+    else:
+        _print_story(story, way, directory, files, seconds)
+    return way.code
+
+
+def _clear_demo(directory: Path) -> None:
+    """Make the directory, or empty one that an earlier demo has made; never touch another."""
+    settings = directory / "recognition.toml"
+    if directory.exists():
+        if not directory.is_dir():
+            raise ConfigurationError(f"{directory} is no directory; name another with --dir")
+        marked = settings.is_file() and settings.read_text("utf-8").startswith(_DEMO_MARK)
+        if not marked and any(directory.iterdir()):
+            raise ConfigurationError(
+                f"{directory} holds files that no demo has written, so it is left alone;"
+                " name another directory with --dir"
+            )
+    directory.mkdir(parents=True, exist_ok=True)
+    for pattern in ("events.ndjson", "graph.db*", "warehouse.*", "statements.sql"):
+        for path in directory.glob(pattern):
+            path.unlink()
+
+
+class _Story:
+    """What the demo tells: the same rows as their events came, as they were written, and now."""
+
+    def __init__(self) -> None:
+        self.events: dict[str, dict[str, Any]] = {}
+        #: By message id: the user in the row when it was written, and in the row now.
+        self.written: dict[str, str | None] = {}
+        self.now: dict[str, str | None] = {}
+
+    def note(self, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        for row in rows["events"]:
+            self.written.setdefault(row["message_id"], row["user_id"])
+
+    def look(self, url: str) -> None:
+        """Ask the warehouse itself, through its bare driver, what its rows hold now."""
+        scheme, _, path = url.partition(":///")
+        driver = import_module({"sqlite": "sqlite3"}.get(scheme, scheme))
+        with closing(driver.connect(path)) as connection:
+            rows = connection.execute("SELECT message_id, user_id FROM events").fetchall()
+        self.now = dict(rows)
+
+    def count(self) -> dict[str, int]:
+        rewritten = sum(self.written[m] != user for m, user in self.now.items())
+        return {
+            "rows": len(self.now),
+            "with_user_in_event": sum("userId" in event for event in self.events.values()),
+            "with_user_when_written": sum(user is not None for user in self.written.values()),
+            "with_user_now": sum(user is not None for user in self.now.values()),
+            "rewritten": rewritten,
+        }
+
+    def choose(self) -> tuple[str, list[str]]:
+        """A user with few rows, some of which were anonymous until later, and those rows."""
+        rows: dict[str, list[str]] = {}
+        for message_id, user in self.now.items():
+            if user is not None:
+                rows.setdefault(user, []).append(message_id)
+
+        def telling(user: str) -> tuple[bool, bool, int, str]:
+            own = rows[user]
+            devices = {self.events[m].get("anonymousId") for m in own} - {None}
+            stamped = any("userId" not in self.events[m] and self.written[m] for m in own)
+            rewritten = sum(self.written[m] is None for m in own)
+            return len(own) <= 12, len(devices) > 1 and stamped, min(rewritten, 4), user
+
+        best = max(rows, key=telling)
+        return best, sorted(rows[best], key=lambda m: str(self.events[m]["timestamp"]))
+
+
+def _print_story(
+    story: _Story, way: _Way, directory: Path, files: Mapping[str, int], seconds: float
+) -> None:
+    counts = story.count()
+    rows = counts["rows"]
+
+    def line(text: str, number: int) -> None:
+        print(f"  {text:<44}{number:>10,}   {number / rows:>5.0%}")
+
+    print(f"{way.tally.events:,} events of 30 days in {seconds:.1f} s\n")
+    line("rows in the warehouse", rows)
+    line("with a user, as the events came", counts["with_user_in_event"])
+    line("with a user, when the rows were written", counts["with_user_when_written"])
+    line("with a user now", counts["with_user_now"])
+    user, own = story.choose()
+    print(f"\nThe rows of {user}:\n")
+    print(f"  {'time':<17} {'row':<20} {'device':<9} {'in the event':<12} {'written with':<30} now")
+    for message_id in own:
+        event = story.events[message_id]
+        what = " ".join(str(event[key]) for key in ("type", "name", "event") if key in event)
+        print(
+            f"  {str(event['timestamp'])[:16].replace('T', ' '):<17} {what[:20]:<20}"
+            f" {str(event.get('anonymousId', '-'))[:8]:<9} {event.get('userId', '-')!s:<12}"
+            f" {story.written[message_id] or '-':<30} {story.now[message_id]}"
+        )
+    statement = re.sub(r" (SET|(?<!DISTINCT )FROM|WHERE|AND) ", r"\n  \1 ", next(iter(way.sql)))
+    print(
+        f"\n{way.tally.updates_applied:,} updates changed {way.tally.rows_changed:,} rows, with"
+        f" {way.tally.statements:,} statements in all, those that stage and look up included. The"
+        f" first that changed rows, broken into lines:\n\n{_terminate(statement)}\n"
+    )
+    for name, size in files.items():
+        print(f"  {directory / name!s:<44}{size:>12,} bytes")
+    print(f"\nGo on: cd {directory} && recognition explain user_id:{user}")
+
+
+# ---------------------------------------------------------------------------------------- output
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def _print_result(
+    arguments: argparse.Namespace,
+    result: Mapping[str, object],
+    rejects: Sequence[str],
+    sql: Counter[str],
+) -> None:
+    """Numbers by name, then the statements where they were asked for; rejects go to stderr."""
+    if arguments.json:
+        shown = {"sql": list(sql)} if getattr(arguments, "show_sql", False) else {}
+        _print_json({**result, "rejects": rejects, **shown})
+        return
+    width = max(map(len, result))
+    for name, value in result.items():
+        text = f"{value:,}" if isinstance(value, int | float) else str(value)
+        print(f"{name.replace('_', ' '):<{width}}  {text:>12}")
+    _print_sql(sql)
+    total = sum(int(str(result.get(key, 0))) for key in ("rejected", "updates_rejected"))
+    _list_rejects(arguments, rejects, total)
+
+
+def _print_sql(sql: Counter[str]) -> None:
+    for statement, times in sql.items():
+        print(f"\n-- {times} times" if times > 1 else "")
+        print(_terminate(statement))
+
+
+def _terminate(statement: str) -> str:
+    """With a semicolon at its end, before the remarks that follow it."""
+    text, *remarks = statement.rstrip().rstrip(";").split("\n--")
+    return "\n--".join([f"{text.rstrip()};", *remarks])
+
+
+def _list_rejects(arguments: argparse.Namespace, rejects: Sequence[str], total: int) -> None:
+    for line in rejects[:_LISTED]:
+        print(f"rejected: {line}", file=sys.stderr)
+    if total > _LISTED:
+        print(f"rejected: {total - _LISTED:,} more", file=sys.stderr)
+
+
+def _print_explanation(subject: str, found: Explanation) -> None:
+    print(f"{subject}: {found.owner if found.owner is not None else 'nobody'}")
+    for line in found.because:
+        print(f"  because {line}")
+    for identifier, seen_as in found.identifiers:
+        print(f"  identifier {identifier.type}:{seen_as}")
+    for link in found.links:
+        state = f"refused ({link.refused})" if link.refused else "holds"
+        pair = f"{link.a.type}:{link.a.value} = {link.b.type}:{link.b.value}"
+        print(f"  link {pair}, {link.kind}, message {link.message_id}, {state}")
+    for claim in found.claims:
+        who = "forgotten" if claim.identifier is None else ":".join(claim.identifier)
+        print(f"  claim {render_time(claim.time)} {claim.anonymous_id} by {who}")
+    for span in found.spans:
+        start = "" if span.start == BEGINNING else f"from {render_time(span.start)} "
+        end = "" if span.end == END else f"until {render_time(span.end)} "
+        who = span.owner if span.owner is not None else "nobody"
+        print(f"  span {start}{end}{who}" if start or end else f"  span at all times {who}")
+
+
+def _plain(found: Explanation) -> dict[str, object]:
+    """As JSON has it: identifiers as objects, times as text, no bound as null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Identifier):
+            return value._asdict()
+        if isinstance(value, dict):
+            return {
+                key: when(part) if key in ("time", "start", "end") else plain(part)
+                for key, part in value.items()
+            }
+        return [plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+    def when(time: int) -> str | None:
+        return None if time in (BEGINNING, END) else render_time(time)
+
+    return {
+        key: [{"identifier": one._asdict(), "seen_as": seen} for one, seen in found.identifiers]
+        if key == "identifiers"
+        else plain(value)
+        for key, value in asdict(found).items()
+    }
+
+
+def _say(arguments: argparse.Namespace, text: str) -> None:
+    if not arguments.quiet:
+        print(f"recognition: {text}", file=sys.stderr)
+
+
+def _tell(error: RecognitionError) -> str:
+    """One paragraph: what was found, what is needed, what was written, whether a retry helps."""
+    notes = getattr(error, "__notes__", [])
+    told = [f"{str(error).rstrip('.')}."]
+    if "was written" not in told[0]:
+        told.append(
+            {
+                False: "Nothing of this step was written." if notes else "Nothing was written.",
+                True: "A part of it was written.",
+                None: "Whether it was written is not known; doing it again is safe.",
+            }[error.written]
+        )
+    if error.retryable:
+        told.append("The same command may succeed later.")
+    return f"recognition: {' '.join([*told, *notes])}"
+
+
+_Item = TypeVar("_Item")
+
+
+class _Progress:
+    """A bar with the rate on a terminal, a line now and then elsewhere; or nothing at all."""
+
+    _EVERY = 5.0  # seconds between two lines
+
+    def __init__(self, arguments: argparse.Namespace, sources: Sequence[str], noun: str) -> None:
+        self._sources = sources
+        self._noun = noun
+        self._quiet = arguments.quiet
+        self._started = self._told = time.monotonic()
+        self._file: IO[bytes] | None = None
+        self._before = 0
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Self:
+        if not self._quiet and sys.stderr.isatty():
+            try:
+                from rich.console import Console
+                from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+            except ImportError:
+                return self
+            self._bar = Progress(
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f} %"),
+                TextColumn("{task.description}"),
+                TimeElapsedColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            sizes = [os.path.getsize(s) if os.path.isfile(s) else None for s in self._sources]
+            total = None if None in sizes else sum(size or 0 for size in sizes)
+            self._task = self._bar.add_task(self._noun, total=total)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def read(self, read: Callable[[str | IO[bytes]], Iterable[_Item]]) -> Iterator[_Item]:
+        """Everything in all sources; ``read`` gets ``-``, or a file that is open."""
+        for source in self._sources:
+            if source == "-":
+                yield from read(source)
+                continue
+            try:
+                file = open(source, "rb")  # noqa: SIM115 - closed below, after its errors are told
+            except OSError as exc:
+                raise InputError(f"{source} cannot be opened: {exc.strerror}") from exc
+            with file:
+                self._file = file
+                yield from read(file)
+                self._before += file.tell()
+                self._file = None
+
+    def show(self, done: int) -> None:
+        """So many are done."""
+        now = time.monotonic()
+        text = f"{done:,} {self._noun}, {done / max(now - self._started, 1e-3):,.0f}/s"
+        if self._bar is not None:
+            position = self._before + (self._file.tell() if self._file is not None else 0)
+            self._bar.update(self._task, completed=position, description=text)
+        elif not self._quiet and now - self._told >= self._EVERY:
+            self._told = now
+            print(f"recognition: {text}", file=sys.stderr)
