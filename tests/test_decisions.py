@@ -51,10 +51,6 @@ MODES: dict[str, tuple[dict[str, Any], tuple[Policy, ...]]] = {
         },
         ALL,
     ),
-    "owners": (
-        {"default": TableRules(references=References.NONE)},
-        (Policy.DEVICE_SPLIT, Policy.SINCE_LAST_IDENTIFY),
-    ),
 }
 
 TIMES = st.integers(0, 12)

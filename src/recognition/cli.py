@@ -281,21 +281,26 @@ class _Way:
     """One way from files to rows, with its count: `run`, `plan` and `demo` take it."""
 
     def __init__(
-        self, arguments: argparse.Namespace, settings: Settings, graph: Graph, sink: Sink | None
+        self,
+        arguments: argparse.Namespace,
+        settings: Settings,
+        stack: ExitStack,
+        open_graph: Callable[[], Graph],
     ) -> None:
         self.tally = _Tally()
         #: The statements that were sent, each with how often.
         self.sql: Counter[str] = Counter()
         #: The first `_LISTED` rejects, as they are told.
         self.rejects: list[str] = []
-        self.recognizer = Recognizer(
-            graph, build_rules(settings, stamps=arguments.load), bots=build_bots(settings)
-        )
         self._arguments = arguments
         self._settings = settings
-        self._graph = graph
-        self._sink = sink
         self._delivered = 0
+        # What can be wrong is looked at before the graph is opened, which may make a file.
+        self._format = build_format(settings)
+        rules, bots = build_rules(settings, stamps=arguments.load), build_bots(settings)
+        self.sink = _open_sink(settings, stack)
+        self.graph = stack.enter_context(closing(open_graph()))
+        self.recognizer = Recognizer(self.graph, rules, bots=bots)
 
     @property
     def code(self) -> int:
@@ -311,9 +316,10 @@ class _Way:
             if rejects is not None:
                 rejects(found)
 
-        form = build_format(self._settings)
         with _Progress(self._arguments, self._arguments.events, "events") as progress:
-            events = progress.read(lambda source: read_events(source, format=form, rejects=reject))
+            events = progress.read(
+                lambda source: read_events(source, format=self._format, rejects=reject)
+            )
             while batch := list(islice(events, self._settings.batch_size)):
                 decided = self.recognizer.process(batch)
                 self.tally.count(decided, stamps=self.recognizer.rules.stamps)
@@ -339,7 +345,7 @@ class _Way:
 
     def write(self, decided: Recognition) -> None:
         """Load a batch's rows, where that is asked for, and apply updates when many wait."""
-        if self._arguments.load and self._sink is not None:
+        if self._arguments.load and self.sink is not None:
             for table, rows in self.recognizer.rows(decided).items():
                 self.tally.rows_loaded += self._load(table, rows)
             self.tally.updates += self.recognizer.flushed(decided.receipt)
@@ -347,7 +353,7 @@ class _Way:
             self.deliver()
 
     def _load(self, table: str, rows: Sequence[Row]) -> int:
-        if not isinstance(self._sink, _Loading):
+        if not isinstance(self.sink, _Loading):
             raise ConfigurationError("this sink cannot load rows; leave --load away")
         rules = self.recognizer.rules
         named = rules.layout.columns_of(table)
@@ -358,14 +364,14 @@ class _Way:
         columns[named.time] = "time"
         if rules.supersede_of(table) is Supersede.VERSION:
             columns[VERSION_COLUMN] = "integer"
-        return self._sink.load(table, rows, key=named.id, columns=columns, fill=written)
+        return self.sink.load(table, rows, key=named.id, columns=columns, fill=written)
 
     def deliver(self) -> None:
         """Apply all that waits in the outbox, what other runs have left there included."""
         self._delivered = self.tally.updates
-        if self._sink is None:
+        if self.sink is None:
             return
-        done = deliver(self._graph, self._sink, watch=self._watch)
+        done = deliver(self.graph, self.sink, watch=self._watch)
         self.tally.updates_applied += done.updates
         self.tally.rows_matched += done.rows_matched
         self.tally.rows_changed += done.rows_changed
@@ -376,8 +382,8 @@ class _Way:
 
     def _watch(self, plan: Plan, applied: Applied) -> None:
         del applied
-        if self._sink is not None and self._arguments.show_sql:
-            self.sql.update(map(self._sink.compile, plan.steps))
+        if self.sink is not None and self._arguments.show_sql:
+            self.sql.update(map(self.sink.compile, plan.steps))
 
     def _list(self, line: str) -> None:
         if len(self.rejects) < _LISTED:
@@ -391,12 +397,11 @@ def _run(arguments: argparse.Namespace) -> int:
     _look_for(arguments.events)
     started = time.monotonic()
     with ExitStack() as stack:
-        graph = stack.enter_context(closing(open_graph(settings.graph)))
-        way = _Way(arguments, settings, graph, _open_sink(settings, stack))
+        way = _Way(arguments, settings, stack, lambda: open_graph(settings.graph))
         path = arguments.rejects or Path("rejects.ndjson")
         rejects = stack.enter_context(RejectsFile(path))
         way.carry(rejects)
-        waiting = graph.stats().pending_updates if settings.sink is None else 0
+        waiting = way.graph.stats().pending_updates if way.sink is None else 0
     result = {**asdict(way.tally), "seconds": round(time.monotonic() - started, 3)}
     if rejects.count:
         result["rejects_file"] = str(path)
@@ -414,20 +419,20 @@ def _plan(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     _look_for(arguments.events)
     with ExitStack() as stack:
-        graph = stack.enter_context(
-            closing(_open_existing(settings.graph) or open_graph("memory:"))
-        )
-        rehearsal = stack.enter_context(closing(graph.rehearse()))
-        sink = _open_sink(settings, stack)
-        way = _Way(arguments, settings, rehearsal, sink)
+
+        def rehearse() -> Graph:
+            graph = _open_existing(settings.graph) or open_graph("memory:")
+            return stack.enter_context(closing(graph)).rehearse()
+
+        way = _Way(arguments, settings, stack, rehearse)
         rejects = None
         if arguments.rejects is not None:
             rejects = stack.enter_context(RejectsFile(arguments.rejects))
         for _ in way.take_in(rejects):
             pass
-        updates = [item.update for item in rehearsal.lease_updates(sys.maxsize, 60.0)]
+        updates = [item.update for item in way.graph.lease_updates(sys.maxsize, 60.0)]
         steps = plan_updates(updates).steps
-        sql = [] if sink is None else [sink.compile(step) for step in steps]
+        sql = [] if way.sink is None else [way.sink.compile(step) for step in steps]
     if arguments.json:
         messages = [json.loads(update.to_json()) for update in updates]
         result = {**asdict(way.tally), "update_messages": messages, "sql": sql}
@@ -659,8 +664,7 @@ def _demo(arguments: argparse.Namespace) -> int:
             story.events[str(event["messageId"])] = event
     arguments.load, arguments.show_sql, arguments.events = True, True, [str(events)]
     with ExitStack() as stack:
-        graph = stack.enter_context(closing(open_graph(settings.graph)))
-        way = _Way(arguments, settings, graph, _open_sink(settings, stack))
+        way = _Way(arguments, settings, stack, lambda: open_graph(settings.graph))
         for decided in way.take_in(None):
             way.write(decided)
             story.note(way.recognizer.rows(decided))
@@ -728,8 +732,8 @@ class _Story:
             "rewritten": rewritten,
         }
 
-    def choose(self) -> tuple[str, list[str]]:
-        """A user with few rows, some of which were anonymous until later, and those rows."""
+    def choose(self) -> list[str]:
+        """The rows of a user with few of them, some of which were anonymous until later."""
         rows: dict[str, list[str]] = {}
         for message_id, user in self.now.items():
             if user is not None:
@@ -742,8 +746,8 @@ class _Story:
             rewritten = sum(self.written[m] is None for m in own)
             return len(own) <= 12, len(devices) > 1 and stamped, min(rewritten, 4), user
 
-        best = max(rows, key=telling)
-        return best, sorted(rows[best], key=lambda m: str(self.events[m]["timestamp"]))
+        best = max(rows, key=telling, default=None)
+        return sorted(rows.get(best or "", ()), key=lambda m: str(self.events[m]["timestamp"]))
 
 
 def _print_story(
@@ -760,26 +764,30 @@ def _print_story(
     line("with a user, as the events came", counts["with_user_in_event"])
     line("with a user, when the rows were written", counts["with_user_when_written"])
     line("with a user now", counts["with_user_now"])
-    user, own = story.choose()
-    print(f"\nThe rows of {user}:\n")
-    print(f"  {'time':<17} {'row':<20} {'device':<9} {'in the event':<12} {'written with':<30} now")
+    own = story.choose()
+    if own:
+        print(f"\nThe rows of {story.now[own[0]]}:\n")
+        print("  time              row                  device    in the event written with  now")
     for message_id in own:
         event = story.events[message_id]
         what = " ".join(str(event[key]) for key in ("type", "name", "event") if key in event)
         print(
             f"  {str(event['timestamp'])[:16].replace('T', ' '):<17} {what[:20]:<20}"
             f" {str(event.get('anonymousId', '-'))[:8]:<9} {event.get('userId', '-')!s:<12}"
-            f" {story.written[message_id] or '-':<30} {story.now[message_id]}"
+            f" {story.written[message_id] or '-':<13} {story.now[message_id]}"
         )
-    statement = re.sub(r" (SET|(?<!DISTINCT )FROM|WHERE|AND) ", r"\n  \1 ", next(iter(way.sql)))
     print(
         f"\n{way.tally.updates_applied:,} updates changed {way.tally.rows_changed:,} rows, with"
-        f" {way.tally.statements:,} statements in all, those that stage and look up included. The"
-        f" first that changed rows, broken into lines:\n\n{_terminate(statement)}\n"
+        f" {way.tally.statements:,} statements in all, those that stage and look up included."
     )
+    for statement in list(way.sql)[:1]:
+        lines = re.sub(r" (SET|(?<!DISTINCT )FROM|WHERE|AND) ", r"\n  \1 ", statement)
+        print(f"The first that changed rows, broken into lines:\n\n{_terminate(lines)}")
+    print()
     for name, size in files.items():
         print(f"  {directory / name!s:<44}{size:>12,} bytes")
-    print(f"\nGo on: cd {directory} && recognition explain user_id:{user}")
+    asked = next((m for m in own if "userId" not in story.events[m]), "--help")
+    print(f"\nGo on: cd {directory} && recognition explain {asked}")
 
 
 # ---------------------------------------------------------------------------------------- output

@@ -19,9 +19,10 @@ without covering it, both stay, and the later one goes to a later *level*.
 ``messages`` together with ``between`` on their time speak for the whole interval: the sender knows
 that no other row of the key in it is meant. ``messages`` alone speak for their rows.
 
-A condition on what a column that is set must hold (``equals`` on a column in ``set``) depends on
-what was written before: such an update never covers another one, and it takes its turn after the
-earlier updates that write the value it looks for, whatever their keys.
+An update that looks for a value which updates write (``equals`` on a column that one of them sets)
+depends on what was written before: it takes its turn after the earlier updates that write the
+value, whatever their keys, and these are not cut. It covers no other update where it sets the
+column itself.
 
 Otherwise updates that reach the same row by different key columns (one by the device, one by
 message ids) are not seen as touching; only ``recognition_version`` keeps order among them.
@@ -235,32 +236,17 @@ def plan_updates(updates: Iterable[UpdateByCriteria], *, split: int = 10_000) ->
         known.setdefault(update.id, update)
     planned: list[tuple[int, str]] = []
     rejected: list[tuple[str, MessageError]] = []
-    by_key: dict[object, list[_Piece]] = defaultdict(list)
+    by_table: dict[str, list[_Piece]] = defaultdict(list)
     for update in known.values():
         try:
-            pieces = list(_read(update))
+            by_table[update.table].extend(_read(update))
         except MessageError as error:
             rejected.append((update.id, error))
-            continue
-        planned.append((update.sequence, update.id))
-        for piece in pieces:
-            key = (update.table, piece.shape.equals[0], distinguish(piece.row.equals[0]))
-            by_key[key].append(piece)
-    by_table: dict[str, list[_Piece]] = defaultdict(list)
-    in_order: set[str] = set()
-    for pieces in by_key.values():
-        left = _settle(pieces)
-        table = pieces[0].shape.table
-        by_table[table].extend(left)
-        first = left[0]  # the latest update is always left
-        if not first.shape.covers or any(
-            piece.shape != first.shape or piece.row.workspace != first.row.workspace
-            for piece in left
-        ):
-            in_order.add(table)
+        else:
+            planned.append((update.sequence, update.id))
     grouped: dict[tuple[int, Shape], list[StagedRow]] = defaultdict(list)
-    for table, left in by_table.items():
-        for level, piece in _level(left) if table in in_order else ((0, piece) for piece in left):
+    for pieces in by_table.values():
+        for level, piece in _arrange(pieces):
             grouped[level, piece.shape].append(piece.row)
     return Plan(
         steps=tuple(_steps(grouped, split)),
@@ -414,22 +400,61 @@ class _Kind(NamedTuple):
     time_column: str | None
 
 
-def _settle(pieces: list[_Piece]) -> list[_Piece]:
-    """What the later pieces of one key value leave of the earlier ones."""
-    if len(pieces) == 1:
-        return pieces
+# By column and value, the last update that looks for the value.
+_Readers = Mapping[tuple[str, object], tuple[int, str]]
+
+
+def _arrange(pieces: list[_Piece]) -> Iterator[tuple[int, _Piece]]:
+    """What is left of the pieces of one table, each with its level."""
+    by_key: dict[tuple[str, object], list[_Piece]] = defaultdict(list)
+    for piece in pieces:
+        by_key[piece.shape.key, distinguish(piece.row.equals[0])].append(piece)
+    shapes = list({id(piece.shape): piece.shape for piece in pieces}.values())
+    written = {column for shape in shapes for column in shape.columns}
+    if any(not written.isdisjoint(shape.equals) for shape in shapes):
+        readers: dict[tuple[str, object], tuple[int, str]] = {}
+        for piece in pieces:
+            for pair in _compared(piece):
+                if pair[0] in written:
+                    readers[pair] = max(_rank(piece), readers.get(pair, (-1, "")))
+        settled = [left for group in by_key.values() for left in _settle(group, readers)]
+        yield from _level(settled, readers)
+        return
+    for group in by_key.values():
+        if len(group) == 1:
+            yield 0, group[0]
+        else:
+            yield from _level(_settle(group, {}), {})
+
+
+def _settle(pieces: list[_Piece], readers: _Readers) -> list[_Piece]:
+    """
+    What the later pieces of one key value leave of the earlier ones.
+
+    Where some update looks for what an earlier one writes, the earlier one is left whole: it would
+    not be found otherwise.
+    """
     pieces.sort(key=_rank, reverse=True)
     taken: dict[_Kind, dict[tuple[object, ...], _Spans]] = {}
     left: list[_Piece] = []
-    for _, group in groupby(pieces, key=_rank):
+    for rank, group in groupby(pieces, key=_rank):
         # The pieces of one update differ in what must be equal: they never meet each other.
         same_update = list(group)
         for piece in same_update:
-            left.extend(_cut_by(piece, taken))
+            read = any(readers.get(pair, rank) > rank for pair in _written(piece))
+            left.extend([piece] if read else _cut_by(piece, taken))
         for piece in same_update:
             for cover in covers_of(piece.shape, piece.row):
                 _take(piece.row.workspace, cover, taken)
     return left
+
+
+def _compared(piece: _Piece) -> Iterator[tuple[str, object]]:
+    return zip(piece.shape.equals, map(distinguish, piece.row.equals), strict=True)
+
+
+def _written(piece: _Piece) -> Iterator[tuple[str, object]]:
+    return zip(piece.shape.columns, map(distinguish, piece.row.values), strict=True)
 
 
 def _rank(piece: _Piece) -> tuple[int, str]:
@@ -576,8 +601,8 @@ def _fewer_columns(shape: Shape, row: StagedRow, cover: Cover) -> list[_Piece]:
     return [_Piece(replace(shape, columns=columns), row._replace(values=values))]
 
 
-def _level(pieces: Iterable[_Piece]) -> Iterator[tuple[int, _Piece]]:
-    """Number the pieces of one table, so that those whose order matters run one after another."""
+def _level(pieces: Sequence[_Piece], readers: _Readers) -> Iterator[tuple[int, _Piece]]:
+    """Number the pieces, so that those whose order matters run one after another."""
     done: dict[object, dict[tuple[str, Shape], list[tuple[int, _Piece]]]] = {}
     # By column and value, the highest level that writes it, and that looks for it.
     writes: dict[tuple[str, object], int] = {}
@@ -588,27 +613,24 @@ def _level(pieces: Iterable[_Piece]) -> Iterator[tuple[int, _Piece]]:
         own = (row.workspace, shape)
         same_key = done.setdefault((shape.key, distinguish(row.equals[0])), defaultdict(list))
         for kind, earlier in same_key.items():
-            if kind == own and shape.covers:
+            if kind == own and shape.covers and not readers:
                 continue  # this one covered those: nothing of them is left where they met
             if not _interferes(kind[1], shape):
                 continue
             for below, other in earlier:
                 if below >= level and _touch(other, piece):
                     level = below + 1
-        looked_for = [
-            (column, distinguish(value))
-            for column, value in zip(shape.equals, row.equals, strict=True)
-            if column in shape.columns
-        ]
-        written = [(c, distinguish(v)) for c, v in zip(shape.columns, row.values, strict=True)]
-        for pair in looked_for:
-            level = max(level, writes.get(pair, -1) + 1, reads.get(pair, -1) + 1)
-        for pair in written:
-            level = max(level, reads.get(pair, -1) + 1)
-        for pair in looked_for:
-            reads[pair] = max(level, reads.get(pair, 0))
-        for pair in written:
-            writes[pair] = max(level, writes.get(pair, 0))
+        if readers:
+            looked_for = [pair for pair in _compared(piece) if pair in readers]
+            written = [pair for pair in _written(piece) if pair in readers]
+            for pair in looked_for:
+                level = max(level, writes.get(pair, -1) + 1, reads.get(pair, -1) + 1)
+            for pair in written:
+                level = max(level, reads.get(pair, -1) + 1)
+            for pair in looked_for:
+                reads[pair] = max(level, reads.get(pair, 0))
+            for pair in written:
+                writes[pair] = max(level, writes.get(pair, 0))
         same_key[own].append((level, piece))
         yield level, piece
 
@@ -629,11 +651,20 @@ def _touch(one: _Piece, other: _Piece) -> bool:
     for column, value in zip(other.shape.equals, other.row.equals, strict=True):
         if column in fixed and distinguish(wanted[column]) != distinguish(value):
             return False
-    intervals = dict(zip(one.shape.times, one.row.intervals, strict=True))
-    for column, (start, end) in zip(other.shape.times, other.row.intervals, strict=True):
+    intervals = _intervals(one)
+    for column, (start, end) in _intervals(other).items():
         if column in intervals and not _overlap(*intervals[column], start, end):
             return False
     return True
+
+
+def _intervals(piece: _Piece) -> dict[str, tuple[int | None, int | None]]:
+    """In which interval the times of a piece's rows lie, by column."""
+    intervals = dict(zip(piece.shape.times, piece.row.intervals, strict=True))
+    if piece.shape.messages is not None and piece.row.message_time is not None:
+        time = piece.row.message_time
+        intervals[piece.shape.messages[1]] = (time, time + 1)
+    return intervals
 
 
 def _overlap(

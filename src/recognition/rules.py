@@ -30,13 +30,13 @@ class Supersede(StrEnum):
     """How it is known that a row holds what recognition wrote, so that it may be changed again."""
 
     AUTO = "auto"
-    """A target column of its own, else references where they are kept, else owners."""
+    """By references where they are kept, else by a target column of its own."""
     VERSION = "version"
-    """The table has a column ``recognition_version``; the greater sequence stands."""
+    """The table has a column ``recognition_version``; in each row the greater sequence stands."""
     REFERENCES = "references"
-    """The rows are named by message id."""
-    OWNERS = "owners"
-    """The row still holds the owner that recognition wrote before."""
+    """Rows are filled while they are empty, and named by message id after that."""
+    COLUMN = "column"
+    """Nobody else writes to the target column: whole spans are written, whatever they hold."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,21 +89,24 @@ class Rules:
         if not self.workspace.strip():
             raise ConfigurationError("workspace is empty; every identifier lies inside one")
         for table, rules in {"default": self.default, **self.tables}.items():
-            supersede = self._resolve(table, rules)
-            if supersede is Supersede.REFERENCES and rules.references is References.NONE:
+            kept = rules.references is References.IDS
+            supersede = self._resolve(rules)
+            if rules.supersede is Supersede.REFERENCES and not kept:
                 raise ConfigurationError(
                     f"table {table}: supersede = references needs references = ids"
                 )
-            if supersede is Supersede.OWNERS and self.attribution.policy in (
-                Policy.FIRST_CLAIM,
-                Policy.LAST_LOGIN,
-            ):
+            if rules.supersede is Supersede.COLUMN and (kept or not self.has_own_column):
+                raise ConfigurationError(
+                    f"table {table}: supersede = column needs a target_column of its own and"
+                    " references = none"
+                )
+            if supersede is Supersede.COLUMN and not self.has_own_column:
                 raise UnsupportedPolicyError(
-                    f"table {table}: policy {self.attribution.policy} moves rows between people"
-                    " over the whole life of a device, and without references nothing tells"
-                    " recognised rows from identified ones. Add a target column of its own"
-                    " (target_column), or a column recognition_version BIGINT with"
-                    " supersede = version, or keep references = ids. Nothing was written."
+                    f"table {table}: policy {self.attribution.policy} may move rows that were"
+                    " recognised before to another owner, and without references nothing tells"
+                    " them from rows of identified people. Keep references = ids, or name a"
+                    " target_column of its own, or add a column recognition_version BIGINT and"
+                    " set supersede = version. Nothing was written."
                 )
 
     @property
@@ -131,20 +134,20 @@ class Rules:
                 values[column] = value
         return values
 
-    def supersede_of(self, table: str) -> Supersede | None:
-        """How recognised rows are told apart; ``None``: by their own column."""
-        return self._resolve(table, self.tables.get(table, self.default))
+    def supersede_of(self, table: str) -> Supersede:
+        """How recognised rows are told apart; never `Supersede.AUTO`."""
+        return self._resolve(self.tables.get(table, self.default))
 
     def keeps_references(self, table: str) -> bool:
         """Whether message ids and times are kept for the rows of this table."""
         return self.tables.get(table, self.default).references is References.IDS
 
-    def _resolve(self, table: str, rules: TableRules) -> Supersede | None:
+    @staticmethod
+    def _resolve(rules: TableRules) -> Supersede:
         if rules.supersede is not Supersede.AUTO:
             return rules.supersede
-        if self.has_own_column:
-            return None
-        return Supersede.REFERENCES if rules.references is References.IDS else Supersede.OWNERS
+        kept = rules.references is References.IDS
+        return Supersede.REFERENCES if kept else Supersede.COLUMN
 
     @property
     def identified_follow_device(self) -> bool:

@@ -914,7 +914,7 @@ class _Decision:
             self._emit_device(table, timeline, anonymous_id, found, old, new, cause, whole=True)
         for table in self._known_tables():
             if not self._rules.keeps_references(table):
-                self._emit_range(table, timeline, anonymous_id, change, old, new, cause)
+                self._emit_range(table, timeline, anonymous_id, change, new, cause)
 
     def _rewrite_identified(
         self,
@@ -973,11 +973,8 @@ class _Decision:
         criteria: list[Criterion] = [Equals(column=columns.anonymous_id, value=anonymous_id)]
         if self._rules.has_own_column and not self._rules.identified_follow_device:
             criteria.append(Empty(column=columns.user_id))
-        supersede = self._rules.supersede_of(table)
         expected = True
-        if supersede is Supersede.OWNERS and old is not None:
-            criteria.append(Equals(column=target, value=old.id))
-        elif supersede in (Supersede.OWNERS, Supersede.REFERENCES):
+        if self._rules.supersede_of(table) is Supersede.REFERENCES:
             if old is not None:
                 for part in _parts(refs):
                     named = [*criteria, self._messages(table, part)]
@@ -1018,33 +1015,24 @@ class _Decision:
         timeline: int,
         anonymous_id: str,
         change: Change,
-        old: Owner | None,
         new: Owner | None,
         cause: Cause,
     ) -> None:
-        """Update rows of a device in a range of time, where no reference is kept."""
+        """
+        Update all rows of a device in a span, where no reference is kept.
+
+        The whole span is named, not only where rows are known to be: so the update takes the
+        place of every older one there, also for rows that were stamped in between.
+        """
         columns = self._rules.layout.columns_of(table)
-        target = self._rules.target_of(table)
         device = Equals(column=columns.anonymous_id, value=anonymous_id)
         start, end = max(change.start, BEGINNING), min(change.end, _LAST_TIME)
-        supersede = self._rules.supersede_of(table)
-        holes = set(self._holes(timeline, start, end, new))
-        guards: list[list[Criterion]] = [[]]
+        guard: list[Criterion] = []
         if self._rules.has_own_column and not self._rules.identified_follow_device:
-            guards = [[Empty(column=columns.user_id)]]
-        if supersede not in (None, Supersede.VERSION):
-            guards = [[Empty(column=target)]]
-            if old is not None:
-                # Rows that name the old owner by themselves were not written by recognition.
-                claims = self._store.claims({timeline: (start, end)}).get(timeline, [])
-                named = self._store.held({c.owner for c in claims if isinstance(c.owner, int)})
-                same = {handle for handle, (name, _) in named.items() if name.value == old.id}
-                holes |= {c.time for c in claims if c.owner in same and start <= c.time < end}
-                guards.append([Equals(column=target, value=old.id)])
-        for low, high in _around(start, end, sorted(holes)):
-            for guard in guards:
-                between = self._between(table, low, high)
-                self._emit(table, new, [device, *guard, between], None, cause)
+            guard.append(Empty(column=columns.user_id))
+        for low, high in _around(start, end, self._holes(timeline, start, end, new)):
+            between = self._between(table, low, high)
+            self._emit(table, new, [device, *guard, between], None, cause)
 
     def _holes(self, timeline: int, low: int, high: int, new: Owner | None) -> list[int]:
         """The times at which a row of somebody else lies that looks anonymous to the table."""

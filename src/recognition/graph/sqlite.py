@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import socket
 import sqlite3
 import struct
 import threading
@@ -100,7 +101,8 @@ CREATE TABLE refs (
 ) WITHOUT ROWID;
 CREATE TABLE outbox (
     position INTEGER PRIMARY KEY AUTOINCREMENT, body TEXT NOT NULL,
-    leased_until REAL NOT NULL DEFAULT 0, attempts INTEGER NOT NULL DEFAULT 0, dead TEXT
+    leased_until REAL NOT NULL DEFAULT 0, holder TEXT, attempts INTEGER NOT NULL DEFAULT 0,
+    dead TEXT
 );
 """
 
@@ -140,6 +142,7 @@ class SqliteGraph(StoredGraph):
         self._names: dict[str, int] = {}
         self._places: dict[tuple[int, str], int] = {}
         self._closed = False
+        self._holder = f"{os.getpid()} {socket.gethostname()}"
         folder = Path(self._path).parent
         if self._path != ":memory:" and not folder.is_dir():
             raise GraphUnavailableError(
@@ -262,16 +265,26 @@ class SqliteGraph(StoredGraph):
         """See `Graph.lease_updates`."""
         with self._writing() as connection:
             now = time.time()
+            self._end_leases_of_the_dead(connection, now)
             rows = connection.execute(
                 "SELECT position, body, attempts FROM outbox"
                 " WHERE dead IS NULL AND leased_until <= ? ORDER BY position LIMIT ?",
                 (now, limit),
             ).fetchall()
             connection.executemany(
-                "UPDATE outbox SET leased_until = ?, attempts = attempts + 1 WHERE position = ?",
-                [(now + seconds, position) for position, _, _ in rows],
+                "UPDATE outbox SET leased_until = ?, holder = ?, attempts = attempts + 1"
+                " WHERE position = ?",
+                [(now + seconds, self._holder, position) for position, _, _ in rows],
             )
         return [Delivery(position, parse_update(body), tries) for position, body, tries in rows]
+
+    def _end_leases_of_the_dead(self, connection: sqlite3.Connection, now: float) -> None:
+        """A process of this machine that is gone holds nothing, however long its lease."""
+        for (holder,) in connection.execute(
+            "SELECT DISTINCT holder FROM outbox WHERE leased_until > ?", (now,)
+        ).fetchall():
+            if _is_gone(holder):
+                connection.execute("UPDATE outbox SET leased_until = 0 WHERE holder = ?", (holder,))
 
     def acknowledge(self, positions: Collection[int]) -> None:
         """See `Graph.acknowledge`."""
@@ -946,6 +959,24 @@ def _pack_trait(value: str | int | float | bool) -> str | int | float | bytes:
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         return str(value)
     return value
+
+
+def _is_gone(holder: str) -> bool:
+    """
+    Whether the process of a lease is surely dead; one of another machine never is.
+
+    Windows has no way to ask (its ``os.kill`` ends the process): there the lease has to end.
+    """
+    process, _, host = holder.partition(" ")
+    if host != socket.gethostname() or os.name != "posix":
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
 
 
 @contextmanager

@@ -1,0 +1,253 @@
+"""
+From a file of events to rows in a real database, with crashes and any order of delivery between.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from oracle import Oracle, make_event
+from recognition.attribution import DAY, Policy
+from recognition.delivery import deliver
+from recognition.events import Event, render_time
+from recognition.graph.sqlite import SqliteGraph
+from recognition.messages import UpdateByCriteria
+from recognition.planner import plan_updates
+from recognition.recognizer import Recognizer
+from recognition.rules import References, Rules, Supersede
+from recognition.sinks import open_sink
+from test_decisions import LOOKBACK, MODES, deliveries, rules_of, target_of, untie
+
+SECOND = 1_000_000
+CRASHING = Path(__file__).with_name("crashing.py")
+
+
+def to_segment(event: Event) -> dict[str, Any]:
+    """The event as a Segment call; times of the tests are small and become seconds."""
+    traits = {i.type: i.value for i in event.known if i.type != "user_id"}
+    body: dict[str, Any] = {
+        "messageId": event.message_id,
+        "timestamp": render_time(event.time * SECOND),
+        "type": event.type,
+        "anonymousId": event.anonymous_id,
+        "userId": next((i.value for i in event.known if i.type == "user_id"), None),
+        "context": {"traits": traits},
+    }
+    if event.previous_id is not None:
+        body |= {"type": "alias", "previousId": event.previous_id}
+    return body
+
+
+def write_events(path: Path, events: Iterable[Event]) -> Path:
+    path.write_text("".join(json.dumps(to_segment(event)) + "\n" for event in events))
+    return path
+
+
+def read_column(path: Path, column: str) -> dict[str, str | None]:
+    """By message id; read by the database's own driver."""
+    if path.suffix == ".duckdb":
+        with duckdb.connect(str(path)) as connection:
+            rows = connection.sql(f'SELECT message_id, "{column}" FROM events').fetchall()
+            return dict(rows)
+    with closing(sqlite3.connect(path)) as connection:
+        return dict(connection.execute(f'SELECT message_id, "{column}" FROM events').fetchall())
+
+
+def apply_anyhow(sink: Any, updates: Sequence[UpdateByCriteria], shuffle: random.Random) -> None:
+    """Deliver at least once, in any order, in windows of any size."""
+    arriving = [*updates, *shuffle.sample(updates, len(updates) // 2)]
+    shuffle.shuffle(arriving)
+    while arriving:
+        size = shuffle.randint(1, len(arriving))
+        applied = sink.apply(plan_updates(arriving[:size]))
+        assert applied.rejected == ()
+        arriving = arriving[size:]
+
+
+def load_and_deliver(
+    rules: Rules,
+    arriving: Sequence[Sequence[Event]],
+    folder: Path,
+    scheme: str,
+    shuffle: random.Random,
+) -> dict[str, str | None]:
+    """The rows of a real sink after a pipeline with two recognizers and unordered delivery."""
+    graph = SqliteGraph(":memory:")
+    recognizers = [Recognizer(graph, rules), Recognizer(graph, rules)]
+    sink: Any = open_sink(f"{scheme}:///{folder}/warehouse.{scheme}")
+    held: list[UpdateByCriteria] = []
+    for turn, batch in enumerate(arriving):
+        recognizer = recognizers[turn % 2]
+        done = recognizer.process(batch)
+        for table, rows in recognizer.rows(done).items():
+            columns = dict.fromkeys([name for row in rows for name in row], "text")
+            columns["timestamp"] = "time"
+            columns[target_of(rules)] = "text"
+            if rules.default.supersede is Supersede.VERSION:
+                columns["recognition_version"] = "integer"
+            sink.load(table, rows, key="message_id", columns=columns)
+        recognizer.flushed(done.receipt)
+        leased = graph.lease_updates(10_000, 60)
+        graph.acknowledge([item.position for item in leased])
+        held += [item.update for item in leased]
+        if shuffle.random() < 0.5:
+            apply_anyhow(sink, held, shuffle)
+            held = shuffle.sample(held, len(held) // 2)
+    apply_anyhow(sink, held, shuffle)
+    sink.close()
+    graph.close()
+    return read_column(folder / f"warehouse.{scheme}", target_of(rules))
+
+
+@pytest.mark.parametrize(("scheme", "examples"), [("sqlite", 60), ("duckdb", 15)])
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_of_a_real_sink_are_those_of_the_oracle(
+    mode: str, scheme: str, examples: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Updates that arrive in any order, repeated, in any windows, leave the oracle's rows."""
+
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    @given(
+        delivery=deliveries(),
+        policy=st.sampled_from(Policy),
+        stamps=st.booleans(),
+        seed=st.integers(0, 999),
+    )
+    def check(
+        delivery: tuple[list[Event], list[Sequence[Event]]],
+        policy: Policy,
+        stamps: bool,
+        seed: int,
+    ) -> None:
+        events, arriving = delivery
+        rules = rules_of(mode, policy, stamps=stamps)
+        if rules.default.references is References.NONE:
+            rules = replace(rules, attribution=replace(rules.attribution, lookback=LOOKBACK * 100))
+            events, arriving = untie(events), [untie(batch) for batch in arriving]
+        folder = tmp_path_factory.mktemp("sink")
+        rows = load_and_deliver(rules, arriving, folder, scheme, random.Random(seed))
+        oracle = Oracle(
+            policy=rules.attribution.policy,
+            lookback=rules.attribution.lookback,
+            own_column=rules.has_own_column,
+            events=events,
+        )
+
+        assert rows == oracle.owners()
+
+    check()
+
+
+def busy_events(count: int) -> list[Event]:
+    """Shared devices, emails first, late claims, an alias: much that changes its owner."""
+    draw = random.Random(42)
+    events = []
+    for number in range(count):
+        user = draw.choice([None] * 6 + ["ann", "bob", "cid"])
+        email = draw.choice([None] * 8 + ["ann@shop.example", "bob@shop.example"])
+        events.append(
+            make_event(
+                f"{number:05}",
+                draw.randrange(100_000),
+                draw.choice(["kiosk", "phone", "tablet", "laptop"]),
+                user_id=user,
+                email=email if user is None else None,
+                previous_id="cid" if user == "bob" and draw.random() < 0.05 else None,
+            )
+        )
+    return events
+
+
+@pytest.mark.parametrize(
+    ("target", "policy"), [("user_id", "device_split"), ("stitched_user_id", "last_login")]
+)
+def test_a_crash_at_any_step_leaves_the_rows_of_an_undisturbed_run(
+    target: str, policy: str, tmp_path: Path
+) -> None:
+    """SIGKILL between any two statements, then the same command again: nothing lost or doubled."""
+    events = busy_events(240)
+    write_events(tmp_path / "events.ndjson", events)
+
+    def run(name: str, die_at: int) -> int:
+        command = [
+            *("run", str(tmp_path / "events.ndjson"), "--load", "--batch-size", "60"),
+            *("--graph", f"sqlite:///{tmp_path}/{name}.graph"),
+            *("--sink", f"sqlite:///{tmp_path}/{name}.db"),
+            *("--policy", policy, "--target-column", target, "--quiet"),
+            *("--rejects", f"{tmp_path}/{name}.rejects"),
+        ]
+        done = subprocess.run(
+            [sys.executable, str(CRASHING), str(die_at), str(tmp_path / "count"), *command],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode in (0, -9), done.stderr
+        return done.returncode
+
+    assert run("undisturbed", 0) == 0
+    steps = int((tmp_path / "count").read_text())
+    expected = read_column(tmp_path / "undisturbed.db", target)
+    oracle = Oracle(
+        policy=policy,
+        lookback=30 * DAY // SECOND,
+        own_column=target != "user_id",
+        events=events,
+    )
+    assert expected == oracle.owners()
+
+    draw = random.Random(7)
+    points = sorted({1, steps, *(draw.randrange(1, steps) for _ in range(14))})
+    for point in points:
+        name = f"killed{point}"
+        deaths = [point, draw.randrange(1, steps)]
+        for die_at in deaths:
+            run(name, die_at)
+        while run(name, 0):
+            pass
+
+        assert read_column(tmp_path / f"{name}.db", target) == expected, (point, steps)
+
+
+def test_delivery_resumes_what_another_process_left(tmp_path: Path) -> None:
+    """A leased window whose holder died comes back, and is applied once more without harm."""
+    graph = SqliteGraph(tmp_path / "graph.db")
+    recognizer = Recognizer(graph, Rules())
+    sink: Any = open_sink(f"sqlite:///{tmp_path}/warehouse.db")
+    for event in [make_event("1", DAY, "d"), make_event("2", DAY + 5, "d", user_id="u")]:
+        done = recognizer.process([event])
+        rows = recognizer.rows(done)["events"]
+        columns = {"message_id": "text", "anonymous_id": "text", "user_id": "text"}
+        sink.load("events", rows, key="message_id", columns=columns | {"timestamp": "time"})
+    died = graph.lease_updates(10, 0.0)
+    sink.apply(plan_updates([item.update for item in died]))
+
+    delivered = deliver(graph, sink)
+    sink.close()
+
+    assert len(died) == delivered.updates == 1
+    assert delivered.rows_changed == 0
+    assert delivered.rows_matched == 1
+    assert graph.stats().pending_updates == 0
+    assert read_column(tmp_path / "warehouse.db", "user_id") == {"1": "u", "2": "u"}
+    graph.close()
