@@ -178,7 +178,6 @@ def make_event(
         table=None,
         traits=traits or {},
         user_agent=None,
-        body={},
     )
 
 

@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -329,6 +330,22 @@ def test_show_sql_prints_the_statements_that_were_sent(cli_: Cli) -> None:
     result = cli_("run", write("2.ndjson", [event(2, userId="u1")]), *arguments)
 
     assert re.search(r"^UPDATE events SET user_id=.*;$", result.out, re.MULTILINE)
+
+
+def test_references_older_than_the_retention_are_dropped_by_a_run(
+    cli_: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Days of references that no claim can reach any more leave the graph; recent ones stay."""
+    today = datetime.now(UTC).isoformat()
+    name = write("e.ndjson", [event(1), event(2), event(3, timestamp=today)])
+    cli_("run", name, "--graph", GRAPH)
+    kept = cli_("stats", "--graph", GRAPH, "--json").json["references"]
+    monkeypatch.setenv("RECOGNITION_RETENTION_DAYS", "40")
+
+    cli_("run", name, "--graph", GRAPH)
+
+    assert kept == 3
+    assert cli_("stats", "--graph", GRAPH, "--json").json["references"] == 1
 
 
 def test_settings_of_the_file_hold_for_every_command(cli_: Cli) -> None:
@@ -695,7 +712,7 @@ def test_demo_tells_the_story_of_its_rows(cli_: Cli) -> None:
     assert re.search(r"\n  2026-01-.* -  .* user-[0-9]{6}\n", result.out)
     assert re.search(r"^UPDATE events\n  SET user_id=", result.out, re.MULTILINE)
     assert "demo/warehouse.db" in result.out
-    assert re.search(r"Go on: cd demo && recognition explain [0-9a-f-]{36}\n", result.out)
+    assert re.search(r"Go on: cd demo && .*recognition explain [0-9a-f-]{36}\n", result.out)
 
 
 def test_demo_of_one_visitor_who_never_signs_in_has_little_to_tell(cli_: Cli) -> None:

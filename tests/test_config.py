@@ -298,7 +298,7 @@ def test_a_policy_that_the_table_cannot_support_says_what_to_add() -> None:
     """Moving rows between people needs a way to know which rows recognition wrote."""
     settings = Settings(policy=Policy.LAST_LOGIN, references=References.NONE)
 
-    with pytest.raises(UnsupportedPolicyError, match="target column"):
+    with pytest.raises(UnsupportedPolicyError, match="target_column"):
         build_rules(settings, stamps=True)
 
 
@@ -320,6 +320,14 @@ def test_settings_print_without_urls() -> None:
     settings = Settings(graph="x://ann:hunter2@h/g", sink="x://ann:hunter2@h/s")
 
     assert "hunter2" not in repr(settings)
+
+
+def test_references_are_kept_for_as_long_as_a_claim_reaches_back() -> None:
+    """Shorter would leave rows behind that nobody could name any more."""
+    with pytest.raises(ConfigurationError, match="at least lookback_days"):
+        load_settings({}, {"RECOGNITION_RETENTION_DAYS": "7"})
+
+    assert load_settings({"lookback_days": 7}, {"RECOGNITION_RETENTION_DAYS": "7"})
 
 
 def test_every_setting_is_described() -> None:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import sqlite3
+import tomllib
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from recognition import Policy, installed_schemes
+from recognition.cli import main
+from recognition.config import Settings, load_settings
 from recognition.messages import json_schema, parse_update
 
 ROOT = Path(__file__).parents[1]
@@ -43,3 +50,151 @@ def test_the_published_schema_is_what_the_code_says() -> None:
     published = json.loads((ROOT / "docs" / "message.schema.json").read_text(encoding="utf-8"))
 
     assert published == json_schema()
+
+
+EVENTS = [
+    {
+        "messageId": "m1",
+        "type": "page",
+        "anonymousId": "a1",
+        "timestamp": "2026-01-01T10:00:00Z",
+    },
+    {
+        "messageId": "m2",
+        "type": "identify",
+        "anonymousId": "a1",
+        "userId": "u1",
+        "traits": {"email": "a@example.com"},
+        "timestamp": "2026-01-01T10:05:00Z",
+    },
+]
+
+
+@pytest.fixture
+def _warehouse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory with a file of events, and their rows as a pipeline wrote them."""
+    monkeypatch.chdir(tmp_path)
+    lines = "".join(f"{json.dumps(event)}\n" for event in EVENTS)
+    (tmp_path / "events.ndjson").write_text(lines)
+    with closing(sqlite3.connect("warehouse.db")) as connection:
+        connection.execute(
+            "CREATE TABLE events (message_id TEXT, type TEXT, anonymous_id TEXT, user_id TEXT,"
+            " timestamp TEXT, context_traits_email TEXT)"
+        )
+        connection.executemany(
+            "INSERT INTO events VALUES (?, ?, ?, ?, ?, NULL)",
+            [
+                (e["messageId"], e["type"], e["anonymousId"], e.get("userId"), e["timestamp"])
+                for e in EVENTS
+            ],
+        )
+        connection.commit()
+
+
+def _users() -> list[str | None]:
+    with closing(sqlite3.connect("warehouse.db")) as connection:
+        found = connection.execute("SELECT user_id FROM events ORDER BY message_id").fetchall()
+    return [user for (user,) in found]
+
+
+@pytest.mark.usefixtures("_warehouse")
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_the_library_examples_do_what_they_say(
+    page: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The example runs as it stands, and the anonymous row has the user afterwards."""
+    (example,) = _blocks(ROOT / page, "python")
+
+    exec(compile(example, page, "exec"), {})
+
+    assert _users() == ["u1", "u1"]
+    assert capsys.readouterr().out.split()[0] == "1"
+
+
+def test_the_example_of_the_readme_is_short() -> None:
+    """Fifteen lines at most."""
+    (example,) = _blocks(ROOT / "README.md", "python")
+
+    assert len(example.strip().splitlines()) <= 15
+
+
+@pytest.mark.usefixtures("_warehouse")
+def test_the_commands_of_the_readme_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every `recognition ...` line of the README runs as it stands, and they work together."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^recognition (.*?)(?: +#.*)?$", text, re.MULTILINE)
+
+    codes = [main(shlex.split(command)) for command in commands]
+
+    assert len(commands) == 3
+    assert codes == [0, 0, 0]
+    assert _users() == ["u1", "u1"]
+    assert "user_id:u1: u1" in capsys.readouterr().out
+
+
+def test_the_two_commands_of_the_readme_are_targets() -> None:
+    """`make demo` and `make test` are on the first screen, and the Makefile knows them."""
+    first_screen = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:25]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    shown = [line.split()[1] for line in first_screen if line.startswith("make ")]
+
+    assert shown == ["demo", "test"]
+    for target in shown:
+        assert re.search(rf"^{target}: ", makefile, re.MULTILINE)
+
+
+def test_the_table_of_sinks_tells_the_truth() -> None:
+    """What is called here is installed, and what is installed is called here."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    here = re.findall(r"^\| \w+ \| `(\w+):.* \| here \|$", text, re.MULTILINE)
+
+    assert sorted(here) == sorted(installed_schemes())
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/how-it-decides.md"])
+def test_the_tables_of_policies_are_complete(page: str) -> None:
+    """Every policy stands in them, and no other."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+
+    shown = re.findall(r"^\| `(\w+)`(?: \(default\))? \|", text, re.MULTILINE)
+
+    assert [name for name in shown if name in set(Policy)] == list(Policy)
+
+
+def test_the_example_of_the_configuration_page_is_valid(tmp_path: Path) -> None:
+    """The file that is shown is one that is read."""
+    (example,) = _blocks(ROOT / "docs" / "configuration.md", "toml")
+    file = tmp_path / "recognition.toml"
+    file.write_text(example, encoding="utf-8")
+
+    settings = load_settings({}, {}, file)
+
+    assert settings.identifiers[0].type == "account"
+    assert settings != Settings()
+
+
+def test_the_test_file_of_a_sink_author_is_complete() -> None:
+    """The page's example defines a subclass of the kit with its three fixtures."""
+    (example,) = _blocks(ROOT / "docs" / "write-a-sink.md", "python")
+    names: dict[str, object] = {"__name__": "example"}
+
+    exec(compile(example, "write-a-sink.md", "exec"), names)
+
+    assert {"sink", "write_rows", "read_rows"} <= set(vars(names["TestMySink"]))
+
+
+def test_pages_are_reached_from_the_readme() -> None:
+    """Every page of docs/ is linked from the README."""
+    links = LINK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+
+    assert {f"docs/{page.name}" for page in PAGES[1:]} <= set(links)
+
+
+def test_one_list_of_python_versions() -> None:
+    """The oldest Python that pyproject.toml allows is the one that the Makefile asks for."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+    assert project["requires-python"] == ">=3.11"
+    assert "sys.version_info < (3, 11)" in makefile

@@ -140,6 +140,8 @@ def spans(claims: Sequence[Claim], rules: AttributionRules) -> list[Span]:
         claims: All claims of the timeline, sorted, without duplicates.
         rules: Policy and look-back.
     """
+    if not claims:
+        return [Span(BEGINNING, END, None)]
     # The owner can only change where a claim starts to reach, starts, has just passed, or ends.
     borders = {BEGINNING}
     for claim in claims:

@@ -21,10 +21,11 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
+from shutil import which
 from typing import IO, Any, Protocol, Self, TypeVar, runtime_checkable
 
 import recognition
-from recognition.attribution import BEGINNING, END, Policy
+from recognition.attribution import BEGINNING, DAY, END, Policy
 from recognition.config import (
     Settings,
     build_bots,
@@ -401,6 +402,8 @@ def _run(arguments: argparse.Namespace) -> int:
         path = arguments.rejects or Path("rejects.ndjson")
         rejects = stack.enter_context(RejectsFile(path))
         way.carry(rejects)
+        if settings.retention_days is not None:
+            way.graph.expire(time.time_ns() // 1000 - settings.retention_days * DAY)
         waiting = way.graph.stats().pending_updates if way.sink is None else 0
     result = {**asdict(way.tally), "seconds": round(time.monotonic() - started, 3)}
     if rejects.count:
@@ -787,7 +790,8 @@ def _print_story(
     for name, size in files.items():
         print(f"  {directory / name!s:<44}{size:>12,} bytes")
     asked = next((m for m in own if "userId" not in story.events[m]), "--help")
-    print(f"\nGo on: cd {directory} && recognition explain {asked}")
+    command = "recognition" if which("recognition") else f"{sys.executable} -m recognition"
+    print(f"\nGo on: cd {directory} && {command} explain {asked}")
 
 
 # ---------------------------------------------------------------------------------------- output
@@ -951,14 +955,13 @@ class _Progress:
             if source == "-":
                 yield from read(source)
                 continue
-            try:
-                file = open(source, "rb")  # noqa: SIM115 - closed below, after its errors are told
-            except OSError as exc:
-                raise InputError(f"{source} cannot be opened: {exc.strerror}") from exc
-            with file:
-                self._file = file
-                yield from read(file)
-                self._before += file.tell()
+            with ExitStack() as stack:
+                try:
+                    self._file = stack.enter_context(open(source, "rb"))
+                except OSError as exc:
+                    raise InputError(f"{source} cannot be opened: {exc.strerror}") from exc
+                yield from read(self._file)
+                self._before += self._file.tell()
                 self._file = None
 
     def show(self, done: int) -> None:

@@ -16,9 +16,16 @@ from dataclasses import replace
 from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Self, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from recognition.attribution import DAY, AttributionRules, Policy
 from recognition.errors import ConfigurationError
@@ -84,7 +91,7 @@ class LayoutTable(_Table):
     """The column of the name of a track, page or screen; written by `--load` alone."""
 
 
-class TableTable(_Table):
+class PerTable(_Table):
     """`[tables.<name>]`: what is kept and compared for one table, where it differs."""
 
     references: References | None = None
@@ -143,7 +150,7 @@ class Settings(_Table):
     """Whether message ids and times are kept, so that an update can name its rows one by one."""
     supersede: Supersede = Supersede.AUTO
     """How it is known that a row holds what recognition wrote, so that it may change again."""
-    tables: dict[str, TableTable] = {}
+    tables: dict[str, PerTable] = {}
     """The last two for tables that differ."""
     identifiers: tuple[IdentifierTable, ...] = ()
     """More types of known identifiers, and changes to the built-in ones."""
@@ -161,7 +168,17 @@ class Settings(_Table):
     batch_size: Annotated[int, Field(ge=1, le=100_000)] = 1000
     """How many events are handled in one step, which is one transaction of the graph."""
     retention_days: Annotated[int, Field(ge=1)] | None = None
-    """How many days message references are kept; unset: for good."""
+    """How many days message references are kept, at least `lookback_days`; unset: for good. Older
+    ones are dropped at the end of each run."""
+
+    @model_validator(mode="after")
+    def _keeps_what_a_claim_reaches(self) -> Self:
+        if self.retention_days is not None and self.retention_days < self.lookback_days:
+            raise ValueError(
+                "retention_days is at least lookback_days: a claim could not reach the rows whose"
+                " references are dropped"
+            )
+        return self
 
 
 def load_settings(
@@ -199,10 +216,11 @@ def load_settings(
     try:
         return Settings.model_validate(merged)
     except ValidationError as exc:
-        reasons = [
-            f"{sources[str(error['loc'][0])]}: {'.'.join(map(str, error['loc']))}: {error['msg']}"
-            for error in exc.errors(include_input=False, include_url=False)
-        ]
+        reasons = []
+        for error in exc.errors(include_input=False, include_url=False):
+            place = [str(part) for part in error["loc"]]
+            where = [sources[place[0]], ".".join(place)] if place else []
+            reasons.append(": ".join([*where, error["msg"].removeprefix("Value error, ")]))
         raise ConfigurationError("; ".join(reasons)) from None
 
 
@@ -421,7 +439,7 @@ def render_reference() -> str:
         ("`[[identifiers]]`", IdentifierTable),
         ("`[format]`", FormatTable),
         ("`[layout]`", LayoutTable),
-        ("`[tables.<name>]`", TableTable),
+        ("`[tables.<name>]`", PerTable),
     ):
         parts.append(_render_table(title, table))
     return "\n".join(parts)

@@ -55,7 +55,11 @@ class Identifier(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One analytics message. One that exists is valid: ids are bounded, storable text."""
+    """
+    One analytics message, reduced to what recognition needs; never the whole of it.
+
+    One that exists is valid: ids are bounded, storable text.
+    """
 
     message_id: str
     #: Microseconds since 1970-01-01 UTC; 0 <= time < END_OF_TIME.
@@ -75,8 +79,6 @@ class Event:
     #: Scalar traits of the user, as seen; never those of the account in a ``group`` call.
     traits: Mapping[str, str | int | float | bool]
     user_agent: str | None
-    #: The event as received; the same object, not a copy.
-    body: Mapping[str, object] = field(repr=False)
 
 
 # --------------------------------------------------------------------------------------- formats
@@ -398,7 +400,8 @@ def parse_event(body: object, format: Format | Mapping[str, Format] | None = Non
     around them is cut off. Unknown keys are left alone. An event without any identifier is legal.
 
     Args:
-        body: The event, as `json.loads` gives it. It is kept, not copied.
+        body: The event, as `json.loads` gives it. Nothing of it is kept but what `Event` names:
+            whoever needs the whole event keeps it beside.
         format: For this event; None: detected. A mapping of label to format stands in for the
             built-in formats of those labels in the detection.
 
@@ -465,7 +468,7 @@ def parse_event(body: object, format: Format | Mapping[str, Format] | None = Non
         table=_find_text(objects, plan.table),
         traits=traits,
         user_agent=_find_text(objects, plan.user_agent),
-        body=body,
+
     )
 
 

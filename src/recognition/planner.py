@@ -278,6 +278,24 @@ def cut_step(step: Step, covers: Mapping[int, Sequence[Cover]]) -> tuple[Step, .
     return tuple(_steps(grouped, len(step.rows)))
 
 
+def cuts(cover: Cover, shape: Shape, row: StagedRow) -> bool:
+    """Whether the cover takes something of the row's."""
+    piece = _Piece(shape, row)
+    return _cut(piece, cover) != [piece]
+
+
+def narrows(cover: Cover, shape: Shape, row: StagedRow, column: str) -> bool:
+    """Whether the cover takes single rows of the row's, told by this one column more."""
+    wanted = dict(_compared(_Piece(shape, row)))
+    return (
+        cover.time_column is None
+        and column not in wanted
+        and not cover.columns.isdisjoint(shape.columns)
+        and cover.empty.issubset(shape.empty)
+        and all(wanted.get(name) == value for name, value in cover.extras if name != column)
+    )
+
+
 def distinguish(value: Value) -> object:
     """The value as an identity: ``"1"``, ``1`` and ``True`` are three, 1 and 1.0 are one."""
     if isinstance(value, str):

@@ -970,7 +970,9 @@ class _Decision:
         """
         columns = self._rules.layout.columns_of(table)
         target = self._rules.target_of(table)
-        criteria: list[Criterion] = [Equals(column=columns.anonymous_id, value=anonymous_id)]
+        criteria: list[Criterion] = [
+            Equals.model_construct(column=columns.anonymous_id, value=anonymous_id)
+        ]
         if self._rules.has_own_column and not self._rules.identified_follow_device:
             criteria.append(Empty(column=columns.user_id))
         expected = True
@@ -982,7 +984,7 @@ class _Decision:
                 if not whole:
                     return
                 expected = False
-            criteria.append(Empty(column=target))
+            criteria.append(Empty.model_construct(column=target))
         holes = self._holes(timeline, min(refs.values()), max(refs.values()), new)
         pieces: dict[int, list[int]] = {}
         alone: dict[str, int] = {}

@@ -114,6 +114,7 @@ _CHUNK = 900
 _PARAMETERS = 10_000
 
 _UUID_MS, _UUID_US, _TEXT = range(3)
+_UUID_MS_FORMAT = struct.Struct(">I16s")
 
 
 class SqliteGraph(StoredGraph):
@@ -174,6 +175,9 @@ class SqliteGraph(StoredGraph):
                 cached_statements=512,
             )
             connection.execute("PRAGMA cache_size = -65536")
+            # 16 MB of log before it is folded back: a page that many batches write is then copied
+            # once (https://www.sqlite.org/wal.html#performance_considerations).
+            connection.execute("PRAGMA wal_autocheckpoint = 4000")
             return connection
 
     def _prepare(self) -> None:
@@ -743,9 +747,11 @@ class _SqliteStore:
 
     def add_references(self, references: Iterable[Reference]) -> None:
         joined: dict[tuple[int, int, int], bytes] = {}
+        places = self._place_ids
         for subject, tables, message_id, at in references:
             day, kind, packed = _pack(message_id, at)
-            key = (subject, day, 3 * self._place_id(tables) + kind)
+            place = places[tables] if tables in places else self._place_id(tables)
+            key = (subject, day, 3 * place + kind)
             before = joined.get(key)
             if before is None:
                 joined[key] = packed
@@ -924,18 +930,17 @@ def _pack(message_id: str, at: int) -> tuple[int, int, bytes]:
     """The day, how it is packed, and the reference itself."""
     day, rest = divmod(at, DAY)
     key = _pack_id(message_id)
-    if isinstance(key, str):
-        text = key.encode()
-        return day, _TEXT, rest.to_bytes(5, "big") + struct.pack(">H", len(text)) + text
-    whole, left = divmod(rest, 1000)
-    if left:
+    if key.__class__ is bytes:
+        if rest % 1000 == 0:
+            return day, _UUID_MS, _UUID_MS_FORMAT.pack(rest // 1000, key)
         return day, _UUID_US, rest.to_bytes(5, "big") + key
-    return day, _UUID_MS, whole.to_bytes(4, "big") + key
+    text = message_id.encode()
+    return day, _TEXT, rest.to_bytes(5, "big") + struct.pack(">H", len(text)) + text
 
 
 def _unpack(kind: int, packed: bytes, start: int) -> Iterator[tuple[str, int]]:
     if kind == _UUID_MS:
-        for at, key in struct.iter_unpack(">I16s", packed):
+        for at, key in _UUID_MS_FORMAT.iter_unpack(packed):
             yield _unpack_id(key), start + at * 1000
         return
     position = 0

@@ -16,8 +16,12 @@ lets pass what has a version, because recognition wrote it. (Where such an updat
 ``empty`` of what it sets, all columns that it sets must be empty, or the row have a version.) For
 other tables ``recognition_ledger``, beside the rows and in the same transaction, remembers which
 update took which interval of which key; what a later one took is cut out of an earlier one that
-comes late. The ledger never says that something need not be done again: an update that is applied
-a second time meets the rows that were not there the first time.
+comes late, and rows that a later one named by message are spared. The ledger never says that
+something need not be done again: an update that is applied a second time meets the rows that were
+not there the first time.
+
+The ledger does not tell the order of a later update that asks for more in another way (a further
+``equals``, an ``empty`` of its own) than an earlier one that comes after it; versions do.
 """
 
 from __future__ import annotations
@@ -27,9 +31,9 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from hashlib import blake2b
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -53,7 +57,9 @@ from recognition.planner import (
     Step,
     Value,
     cut_step,
+    cuts,
     distinguish,
+    narrows,
 )
 from recognition.sinks import Applied, AppliedStep, Capabilities
 
@@ -70,6 +76,8 @@ LEDGER = sa.Table(
     sa.Column("table_name", sa.Text, nullable=False),
     sa.Column("key_column", sa.Text, nullable=False),
     sa.Column("key_value", sa.Text, nullable=False),
+    sa.Column("message_column", sa.Text, nullable=False),  # '': not one message alone was meant
+    sa.Column("message_id", sa.Text, nullable=False),
     sa.Column("extras", sa.Text, nullable=False),  # JSON: [column, value] that must be equal too
     sa.Column("columns", sa.Text, nullable=False),  # what was set: sorted, joined by commas
     sa.Column("empty", sa.Text, nullable=False),  # what had to be empty: the same
@@ -446,13 +454,13 @@ class SqlSink(ABC):
             return [self._run_staged(transaction, step, target, matched, started)]
         self._open_ledger(transaction)
         stage = self._stage(transaction, step, target)
-        covers = self._find_later(transaction, stage, step, target)
-        if not covers:
+        covers, spared = self._find_later(transaction, stage, step, target)
+        if not covers and not spared:
             return [self._run_staged(transaction, step, target, matched, started, stage)]
         self._drop(transaction, stage)
         done = []
-        for part in cut_step(step, covers):
-            done.append(self._run_staged(transaction, part, target, matched, started))
+        for part, spare in _cut_and_spare(step, covers, spared):
+            done.append(self._run_staged(transaction, part, target, matched, started, spare=spare))
             started = time.perf_counter()
         return done
 
@@ -464,10 +472,14 @@ class SqlSink(ABC):
         matched: defaultdict[str, int],
         started: float,
         stage: sa.TableClause | None = None,
+        spare: frozenset[_Spared] = frozenset(),
     ) -> AppliedStep:
         if stage is None:
             stage = self._stage(transaction, step, target)
-        changed = transaction.execute(self._set_rows(step, target)).rowcount
+        statement = self._set_rows(step, target)
+        if spare:
+            statement = statement.where(*self._spare(stage, step, target, spare))
+        changed = transaction.execute(statement).rowcount
         if step.shape.covers and not step.shape.versioned:
             self._remember(transaction, stage, step, target)
         rows = changed
@@ -692,25 +704,16 @@ class SqlSink(ABC):
             transaction.execute(sa.delete(LEDGER).where(LEDGER.c.applied_at < before))
             self._pruned = True
 
-    def _key_text(self, stage: sa.TableClause, step: Step, target: Target) -> _Expression:
-        if target.column(step.shape.key).kind == "text":
-            return stage.c.equal_0
-        return sa.cast(stage.c.equal_0, sa.Text())
+    @staticmethod
+    def _text(expression: _Expression, column: Column) -> _Expression:
+        return expression if column.kind == "text" else sa.cast(expression, sa.Text())
 
     def _find_later(
         self, transaction: Transaction, stage: sa.TableClause, step: Step, target: Target
-    ) -> dict[int, list[Cover]]:
-        """By row of the step, what later updates that were applied before took of it."""
+    ) -> tuple[dict[int, list[Cover]], dict[int, list[_Spared]]]:
+        """By row of the step: what later updates took of it, and which single rows they took."""
         shape = step.shape
         spelled = {target.column(name).name: name for name in _names(shape)}
-        where = [
-            LEDGER.c.table_name == sa.bindparam("table_name"),
-            LEDGER.c.key_column == sa.bindparam("key_column"),
-            LEDGER.c.key_value == self._key_text(stage, step, target),
-            LEDGER.c.workspace == stage.c.workspace,
-            LEDGER.c.sequence >= stage.c.sequence,
-            LEDGER.c.update_id != stage.c.update_id,
-        ]
         found = transaction.execute(
             sa.select(
                 stage.c.position,
@@ -718,38 +721,87 @@ class SqlSink(ABC):
                 LEDGER.c.update_id,
                 LEDGER.c.columns,
                 LEDGER.c.empty,
+                LEDGER.c.message_column,
+                LEDGER.c.message_id,
                 LEDGER.c.extras,
                 LEDGER.c.time_column,
                 LEDGER.c.starts,
                 LEDGER.c.ends,
             )
-            .select_from(stage.join(LEDGER, sa.and_(*where)))
-            .order_by(stage.c.position, LEDGER.c.sequence, LEDGER.c.update_id, LEDGER.c.starts),
-            {
-                "table_name": target.parts[-1],
-                "key_column": target.column(shape.key).name,
-            },
+            .select_from(
+                stage.join(
+                    LEDGER,
+                    sa.and_(
+                        *self._same_key(stage, step, target),
+                        LEDGER.c.sequence >= stage.c.sequence,
+                        LEDGER.c.update_id != stage.c.update_id,
+                    ),
+                )
+            )
+            .order_by(stage.c.position, LEDGER.c.sequence, LEDGER.c.update_id, LEDGER.c.starts)
         )
         covers: defaultdict[int, list[Cover]] = defaultdict(list)
+        spared: defaultdict[int, list[_Spared]] = defaultdict(list)
         for later in found:
             row = step.rows[later.position]
-            if (later.sequence, later.update_id) > (row.sequence, row.update_id):
-                covers[later.position].append(
-                    Cover(
-                        frozenset(spelled.get(name, name) for name in later.columns.split(",")),
-                        frozenset(
-                            spelled.get(name, name) for name in later.empty.split(",") if name
-                        ),
-                        frozenset(
-                            (spelled.get(name, name), distinguish(value))
-                            for name, value in json.loads(later.extras or "[]")
-                        ),
-                        spelled.get(later.time_column, later.time_column) or None,
-                        later.starts,
-                        later.ends,
-                    )
+            if (later.sequence, later.update_id) < (row.sequence, row.update_id):
+                continue
+            extras = [(name, value) for name, value in json.loads(later.extras or "[]")]
+            if later.message_column:
+                extras.append((later.message_column, later.message_id))
+            cover = Cover(
+                frozenset(spelled.get(name, name) for name in later.columns.split(",")),
+                frozenset(spelled.get(name, name) for name in later.empty.split(",") if name),
+                frozenset((spelled.get(name, name), distinguish(value)) for name, value in extras),
+                spelled.get(later.time_column, later.time_column) or None,
+                later.starts,
+                later.ends,
+            )
+            message_column = spelled.get(later.message_column, later.message_column)
+            if cuts(cover, shape, row):
+                covers[later.position].append(cover)
+            elif message_column and narrows(cover, shape, row, message_column):
+                note = _Spared(cover.columns, later.columns, later.message_column, later.extras)
+                spared[later.position].append(note)
+        return covers, spared
+
+    def _same_key(
+        self, stage: sa.TableClause, step: Step, target: Target
+    ) -> tuple[_Condition, ...]:
+        return (
+            LEDGER.c.table_name == target.parts[-1],
+            LEDGER.c.key_column == target.column(step.shape.key).name,
+            LEDGER.c.key_value == self._text(stage.c.equal_0, target.column(step.shape.key)),
+            LEDGER.c.workspace == stage.c.workspace,
+        )
+
+    def _spare(
+        self, stage: sa.TableClause, step: Step, target: Target, spare: frozenset[_Spared]
+    ) -> list[_Condition]:
+        """No row that a later update named by message."""
+        table = target.clause()
+        later = sa.or_(
+            LEDGER.c.sequence > stage.c.sequence,
+            sa.and_(LEDGER.c.sequence == stage.c.sequence, LEDGER.c.update_id > stage.c.update_id),
+        )
+        return [
+            ~sa.exists(
+                sa.select(sa.literal_column("1"))
+                .select_from(LEDGER)
+                .where(
+                    *self._same_key(stage, step, target),
+                    LEDGER.c.message_column == note.message_column,
+                    LEDGER.c.message_id
+                    == self._text(table.c[note.message_column], target.column(note.message_column)),
+                    LEDGER.c.columns == note.columns,
+                    LEDGER.c.extras == note.extras,
+                    later,
                 )
-        return covers
+                .correlate(stage, table)
+            )
+            for note in sorted(spare, key=lambda note: note[1:])
+            if note.message_column.lower() in target.columns
+        ]
 
     def _remember(
         self, transaction: Transaction, stage: sa.TableClause, step: Step, target: Target
@@ -757,43 +809,42 @@ class SqlSink(ABC):
         """Note what the staged updates took, unless it was noted before."""
         shape = step.shape
         timed = bool(shape.times)
-        constants = {
-            "table_name": target.parts[-1],
-            "key_column": target.column(shape.key).name,
-            "columns": ",".join(sorted(target.column(name).name for name in shape.columns)),
-            "empty": ",".join(sorted(target.column(name).name for name in shape.empty)),
-            "time_column": target.column(shape.times[0]).name if timed else "",
-            "applied_at": _now(),
-        }
-        staged: dict[str, _Expression] = {
+        nothing = sa.cast(sa.null(), sa.BigInteger())
+        message: tuple[str, _Expression] = ("", _constant_text(""))
+        if shape.messages is not None and not shape.speaks_for_interval:
+            place = shape.equals.index(shape.messages[0])
+            column = target.column(shape.messages[0])
+            if place > 0:
+                message = (column.name, self._text(stage.c[f"equal_{place}"], column))
+        key = target.column(shape.key)
+        line: dict[str, _Expression] = {
             "update_id": stage.c.update_id,
             "workspace": stage.c.workspace,
-            "key_value": self._key_text(stage, step, target),
+            "table_name": _constant_text(target.parts[-1]),
+            "key_column": _constant_text(key.name),
+            "key_value": self._text(stage.c.equal_0, key),
+            "message_column": _constant_text(message[0]),
+            "message_id": message[1],
             "extras": stage.c.extras,
-            "starts": stage.c.starts_0 if timed else sa.cast(sa.null(), sa.BigInteger()),
-            "ends": stage.c.ends_0 if timed else sa.cast(sa.null(), sa.BigInteger()),
+            "columns": _constant_text(_joined(shape.columns, target)),
+            "empty": _constant_text(_joined(shape.empty, target)),
+            "time_column": _constant_text(target.column(shape.times[0]).name if timed else ""),
+            "starts": stage.c.starts_0 if timed else nothing,
+            "ends": stage.c.ends_0 if timed else nothing,
             "sequence": stage.c.sequence,
+            "applied_at": sa.cast(sa.literal(_now(), sa.BigInteger()), sa.BigInteger()),
         }
-        bound = {name: sa.cast(sa.bindparam(name), LEDGER.c[name].type) for name in constants}
-        noted = sa.exists().where(
-            *(
-                LEDGER.c[name] == expression
-                for name, expression in {**bound, **staged}.items()
-                if name not in ("starts", "ends", "sequence", "applied_at")
-            ),
-            LEDGER.c.starts.is_not_distinct_from(staged["starts"]),
-            LEDGER.c.ends.is_not_distinct_from(staged["ends"]),
+        noted = [
+            LEDGER.c[name].is_not_distinct_from(expression)
+            if name in ("starts", "ends")
+            else LEDGER.c[name] == expression
+            for name, expression in line.items()
+            if name != "applied_at"
+        ]
+        lines = sa.select(*line.values()).where(
+            stage.c.extras.is_not(None), ~sa.exists().where(*noted)
         )
-        names = [column.name for column in LEDGER.columns]
-        transaction.execute(
-            sa.insert(LEDGER).from_select(
-                names,
-                sa.select(*({**bound, **staged}[name] for name in names)).where(
-                    stage.c.extras.is_not(None), ~noted
-                ),
-            ),
-            constants,
-        )
+        transaction.execute(sa.insert(LEDGER).from_select(list(line), lines))
 
     # Looking at tables --------------------------------------------------------------------------
 
@@ -1035,6 +1086,52 @@ def _names(shape: Shape) -> tuple[str, ...]:
     )
 
 
+class _Spared(NamedTuple):
+    """What notes of the ledger that name single messages have in common."""
+
+    sets: frozenset[str]
+    columns: str
+    message_column: str
+    extras: str
+
+
+def _cut_and_spare(
+    step: Step, covers: Mapping[int, Sequence[Cover]], spared: Mapping[int, Sequence[_Spared]]
+) -> Iterator[tuple[Step, frozenset[_Spared]]]:
+    """The parts of a step that later updates leave, each with the notes of the rows to spare."""
+    shape = step.shape
+    parts: defaultdict[tuple[tuple[str, ...], frozenset[_Spared]], list[int]] = defaultdict(list)
+    for place in range(len(step.rows)):
+        notes = frozenset(spared.get(place, ()))
+        by_notes: defaultdict[frozenset[_Spared], list[str]] = defaultdict(list)
+        for column in shape.columns:
+            by_notes[frozenset(note for note in notes if column in note.sets)].append(column)
+        for bearing, among in by_notes.items():
+            parts[tuple(among), bearing].append(place)
+    # What a column that must be empty is set to comes last: the other parts still ask for it.
+    for (columns, bearing), places in sorted(
+        parts.items(), key=lambda item: (not set(shape.empty).isdisjoint(item[0][0]), item[0][0])
+    ):
+        keep = [shape.columns.index(column) for column in columns]
+        rows = [step.rows[place] for place in places]
+        part = Step(
+            level=step.level,
+            shape=replace(shape, columns=columns),
+            rows=tuple(row._replace(values=tuple(row.values[k] for k in keep)) for row in rows),
+        )
+        again = {n: covers[place] for n, place in enumerate(places) if place in covers}
+        for left in cut_step(part, again):
+            yield left, bearing
+
+
+def _joined(names: Iterable[str], target: Target) -> str:
+    return ",".join(sorted(target.column(name).name for name in names))
+
+
+def _constant_text(text: str) -> _Expression:
+    return sa.cast(sa.literal(text, sa.Text()), sa.Text())
+
+
 def _like(name: str, column: Column) -> StageColumn:
     return StageColumn(name, "time" if column.kind == "time" else "clone", column)
 
@@ -1072,18 +1169,19 @@ class _ExtrasNotes:
     """What the ledger notes of a row's further equalities; ``None``: another row notes it."""
 
     def __init__(self, shape: Shape, target: Target) -> None:
-        self._shape = shape
-        self._names = [target.column(name).name for name in shape.equals]
+        message_column = None if shape.messages is None else shape.messages[0]
+        self._places = [
+            (place, target.column(name).name)
+            for place, name in enumerate(shape.equals)
+            if place > 0 and name != message_column
+        ]
+        self._once = shape.speaks_for_interval
         self._noted: set[tuple[object, ...]] = set()
 
     def note(self, row: StagedRow) -> str | None:
-        shape = self._shape
-        extras = list(zip(self._names[1:], row.equals[1:], strict=True))
-        if shape.speaks_for_interval:
-            assert shape.messages is not None
-            id_place = shape.equals.index(shape.messages[0])
-            del extras[id_place - 1]
-            same = (row.update_id, row.equals[0], *extras)
+        extras = [(name, row.equals[place]) for place, name in self._places]
+        if self._once:
+            same = (row.update_id, row.equals[0], row.intervals, *extras)
             if same in self._noted:
                 return None
             self._noted.add(same)
