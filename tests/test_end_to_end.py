@@ -229,6 +229,38 @@ def test_a_crash_at_any_step_leaves_the_rows_of_an_undisturbed_run(
         assert read_column(tmp_path / f"{name}.db", target) == expected, (point, steps)
 
 
+@pytest.mark.parametrize("target", ["user_id", "stitched_user_id"])
+def test_processes_that_share_graph_and_sink_leave_the_rows_of_one(
+    target: str, tmp_path: Path
+) -> None:
+    """Three processes with a part of the events each, at once: claims race with rows in flight."""
+    events = busy_events(600)
+    parts = [write_events(tmp_path / f"{n}.ndjson", events[n::3]) for n in range(3)]
+    running = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-W", "error", "-m", "recognition", "run", str(part), "--load"),
+                *("--graph", f"sqlite:///{tmp_path}/graph.db", "--batch-size", "7"),
+                *("--sink", f"sqlite:///{tmp_path}/warehouse.db", "--target-column", target),
+                *("--quiet", "--rejects", f"{part}.rejects"),
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for part in parts
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in running]
+    oracle = Oracle(
+        policy="device_split",
+        lookback=30 * DAY // SECOND,
+        own_column=target != "user_id",
+        events=events,
+    )
+
+    assert [process.returncode for process in running] == [0, 0, 0], errors
+    assert read_column(tmp_path / "warehouse.db", target) == oracle.owners()
+
+
 def test_delivery_resumes_what_another_process_left(tmp_path: Path) -> None:
     """A leased window whose holder died comes back, and is applied once more without harm."""
     graph = SqliteGraph(tmp_path / "graph.db")

@@ -4,17 +4,70 @@ from __future__ import annotations
 
 import recognition
 
-PUBLIC = (
-    "Applied AttributionRules Between Capabilities Cause Columns ConfigurationError Delivered"
-    " Empty Equals Event EventError Explanation Format Graph GraphError GraphReadOnlyError"
-    " GraphSchemaError GraphStats GraphUnavailableError Identifier IdentityRules InputError Layout"
-    " MessageError Messages MissingDependencyError OneOf OutcomeUnknownError Owner Plan Policy"
-    " Receipt Recognition RecognitionError Recognizer References Reject Rules Sink SinkError"
-    " SinkReadOnlyError SinkUnavailableError Step Supersede TableError TableRules"
-    " UnknownSchemeError UnsupportedPolicyError UpdateByCriteria __version__ deliver"
-    " installed_schemes json_schema layout_named open_graph open_sink parse_event parse_update"
-    " plan_updates read_events read_updates"
-).split(" ")
+PUBLIC = [
+    "Applied",
+    "AttributionRules",
+    "Between",
+    "Capabilities",
+    "Cause",
+    "Columns",
+    "ConfigurationError",
+    "Delivered",
+    "Empty",
+    "Equals",
+    "Event",
+    "EventError",
+    "Explanation",
+    "Format",
+    "Graph",
+    "GraphError",
+    "GraphReadOnlyError",
+    "GraphSchemaError",
+    "GraphStats",
+    "GraphUnavailableError",
+    "Identifier",
+    "IdentityRules",
+    "InputError",
+    "Layout",
+    "MessageError",
+    "Messages",
+    "MissingDependencyError",
+    "OneOf",
+    "OutcomeUnknownError",
+    "Owner",
+    "Plan",
+    "Policy",
+    "Receipt",
+    "Recognition",
+    "RecognitionError",
+    "Recognizer",
+    "References",
+    "Reject",
+    "Rules",
+    "Sink",
+    "SinkError",
+    "SinkReadOnlyError",
+    "SinkUnavailableError",
+    "Step",
+    "Supersede",
+    "TableError",
+    "TableRules",
+    "UnknownSchemeError",
+    "UnsupportedPolicyError",
+    "UpdateByCriteria",
+    "__version__",
+    "deliver",
+    "installed_schemes",
+    "json_schema",
+    "layout_named",
+    "open_graph",
+    "open_sink",
+    "parse_event",
+    "parse_update",
+    "plan_updates",
+    "read_events",
+    "read_updates",
+]
 
 
 def test_the_public_names_are_these() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from recognition.attribution import AttributionRules, Policy
+from recognition.attribution import DAY, AttributionRules, Policy
 from recognition.errors import ConfigurationError, UnsupportedPolicyError
 from recognition.identity import IdentityRules
 from recognition.layouts import LAYOUTS, Layout, Row
@@ -108,6 +108,34 @@ class Rules:
                     " target_column of its own, or add a column recognition_version BIGINT and"
                     " set supersede = version. Nothing was written."
                 )
+
+    def check_same(self, decided_with: str) -> None:
+        """
+        Refuse to decide by other rules than those that a graph's decisions were made with.
+
+        Old and new owners would be compared by different rules, and rows that nothing touches
+        would keep their owner of before.
+
+        Args:
+            decided_with: `fingerprint` of those rules.
+
+        Raises:
+            ConfigurationError: They differ; the text names what was found and what is needed.
+        """
+        if decided_with != self.fingerprint:
+            raise ConfigurationError(
+                f"workspace {self.workspace!r} of this graph was decided with {decided_with}; asked"
+                f" for is {self.fingerprint}. Use the same settings, or another graph, and read the"
+                " events again into it. Nothing was written."
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """What all decisions of a workspace have in common, as text."""
+        identity, attribution = self.identity, self.attribution
+        known = [f"{name}{'!' if name in identity.unique else ''}" for name in identity.known]
+        days = attribution.lookback / DAY
+        return f"policy {attribution.policy}, lookback {days:g} days, types {' > '.join(known)}"
 
     @property
     def has_own_column(self) -> bool:

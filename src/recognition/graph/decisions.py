@@ -202,6 +202,7 @@ class _Decision:
     """One decision in one transaction."""
 
     def __init__(self, store: Store, rules: Rules) -> None:
+        rules.check_same(store.decided_with(rules.fingerprint))
         self._store = store
         self._rules = rules
         self._counts = Counts()

@@ -75,7 +75,13 @@ class Explanation:
 
 
 def explain(store: Store, rules: Rules, subject: Identifier | str) -> Explanation:
-    """Why an identifier, or a message given by its id, belongs to its person."""
+    """
+    Why an identifier, or a message given by its id, belongs to its person.
+
+    Raises:
+        ConfigurationError: The graph was decided by other rules.
+    """
+    rules.check_same(store.decided_with(rules.fingerprint))
     if isinstance(subject, str):
         return _explain_message(store, rules, subject)
     if subject.type == ANONYMOUS:

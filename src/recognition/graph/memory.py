@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from recognition.attribution import BEGINNING, DAY, END, Claim
-from recognition.errors import GraphError, InputError
+from recognition.errors import ConfigurationError, GraphError, InputError
 from recognition.events import Identifier
 from recognition.graph import Delivery, GraphStats, StoredGraph
 from recognition.graph.store import (
@@ -88,7 +88,7 @@ class MemoryGraph(StoredGraph):
             store = self._stores[workspace]
             try:
                 yield store
-            except InputError:
+            except (InputError, ConfigurationError):
                 # Refused before anything was written.
                 raise
             except BaseException as exc:
@@ -214,6 +214,7 @@ class _MemoryStore:
     )
     known_tables: set[str] = field(default_factory=set)
     handle: int = _FIRST_HANDLE
+    rules: str = ""
     sequence: int = -1
     decisions: int = 0
     emitted: list[UpdateByCriteria] = field(default_factory=list)
@@ -228,6 +229,11 @@ class _MemoryStore:
     def _new_handle(self) -> int:
         self.handle += 1
         return self.handle
+
+    def decided_with(self, rules: str) -> str:
+        if not self.rules:
+            self.rules = rules if self.below is None else self.below.decided_with(rules)
+        return self.rules
 
     # ---------------------------------------------------------------- timelines
 

@@ -427,6 +427,18 @@ class _SqliteStore:
             marks = ",".join("?" * len(part))
             yield from self._connection.execute(statement.format(marks), (*before, *part))
 
+    def decided_with(self, rules: str) -> str:
+        row = self._connection.execute(
+            "SELECT value FROM meta WHERE name = ?", (f"rules {self._workspace_name}",)
+        ).fetchone()
+        if row is not None:
+            return str(row[0])
+        if not self._reads_only:
+            self._connection.execute(
+                "INSERT INTO meta VALUES (?, ?)", (f"rules {self._workspace_name}", rules)
+            )
+        return rules
+
     # ---------------------------------------------------------------- timelines
 
     def timelines(self, anonymous_ids: Collection[str]) -> dict[str, Timeline]:

@@ -86,6 +86,9 @@ class Sighting(NamedTuple):
 class Store(Protocol):
     """One transaction of one workspace; what is read sees what was written in it."""
 
+    def decided_with(self, rules: str) -> str:
+        """The rules of the first decision of this workspace; these, where this is the first."""
+
     def timelines(self, anonymous_ids: Collection[str]) -> dict[str, Timeline]:
         """Those of the anonymous ids that are known."""
 
