@@ -27,12 +27,16 @@ class Oracle:
     forgotten: dict[tuple[str, str], int] = field(default_factory=dict)
     released: dict[str, int] = field(default_factory=dict)
 
-    def known(self, event: Event) -> list[tuple[str, str]]:
-        """The event's identifiers, strongest first; none where one of them was forgotten."""
-        found = [
+    def named(self, event: Event) -> list[tuple[str, str]]:
+        """The event's identifiers, strongest first."""
+        return [
             (i.type, i.value.lower() if i.type == "email" else i.value)
             for i in sorted(event.known, key=lambda i: PRIORITY.index(i.type))
         ]
+
+    def known(self, event: Event) -> list[tuple[str, str]]:
+        """The same; none where one of them was forgotten."""
+        found = self.named(event)
         if any(self.forgotten.get(identifier, -1) >= event.time for identifier in found):
             return []
         return found
@@ -100,7 +104,7 @@ class Oracle:
             who: tuple[str, str] | None = known[0] if known else None
             until = None
             if who is None:
-                until = max(self.forgotten.get((i.type, i.value), -1) for i in event.known)
+                until = max(self.forgotten.get(i, -1) for i in self.named(event))
             elif frozenset((("anonymous_id", device), who)) in self.unlinked:
                 continue
             elif event.time <= self.released.get(device, -1):
@@ -138,16 +142,13 @@ class Oracle:
                 result[event.message_id] = named
                 continue
             who: tuple[str, str] | None = None
-            if self.is_forgotten(event):
+            follow = self.policy == "last_login" and self.own_column and event.anonymous_id
+            if self.is_forgotten(event) and not follow:
                 who = None
-            elif known and not (
-                self.policy == "last_login" and self.own_column and event.anonymous_id
-            ):
+            elif known and not follow:
                 who = known[0]
             elif event.anonymous_id:
                 who = self.device_owner(event.anonymous_id, event.time)
-                if who is None and known:
-                    who = known[0]
             result[event.message_id] = None if who is None else canonical[who][1]
         return result
 

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import Oracle, batches, make_event
-from warehouse import Warehouse
 
+from oracle import Oracle, batches, make_event
 from recognition.attribution import AttributionRules, Policy
-from recognition.events import Event, Identifier
+from recognition.events import Event
 from recognition.graph import Graph
 from recognition.graph.memory import MemoryGraph
 from recognition.graph.sqlite import SqliteGraph
 from recognition.recognizer import Recognizer
 from recognition.rules import References, Rules, Supersede, TableRules
+from warehouse import Warehouse
 
 GRAPHS: dict[str, Callable[[], Graph]] = {
     "memory": MemoryGraph,

@@ -198,7 +198,6 @@ def test_a_message_without_a_device_is_explained(graph: Graph) -> None:
     assert recognizer.explain("m1").owner == "a@x.com"
 
 
-@pytest.mark.xfail(strict=True, reason="names the first claim of the owner, not the deciding one")
 def test_a_message_takes_the_claim_that_decided(graph: Graph) -> None:
     """On a shared device the message is explained by the claim before it, not by the first."""
     recognizer = Recognizer(graph)

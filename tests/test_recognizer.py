@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from oracle import make_event
 from recognition.attribution import AttributionRules, Policy
-from recognition.errors import GraphError, InputError
+from recognition.errors import InputError
 from recognition.events import Event, Identifier
 from recognition.graph import Graph, Owner
 from recognition.graph.memory import MemoryGraph
@@ -498,17 +497,12 @@ def test_forget_needs_a_known_identifier(graph: Graph) -> None:
     assert "secret-device" not in str(caught.value)
 
 
-# ---------------------------------------------------------------- known bugs, to be repaired
-
-
-def bug(reason: str, raises: type[BaseException] = AssertionError) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, raises=raises, reason=reason)
+# ---------------------------------------------------------------- what once went wrong
 
 
 NO_REFERENCES = TableRules(references=References.NONE, supersede=Supersede.VERSION)
 
 
-@bug("known identifiers that were forgotten once are made again in every batch", GraphError)
 def test_a_forgotten_person_may_come_back() -> None:
     """Events after the moment of forgetting make a new person, in any number of batches."""
     line = Line(SqliteGraph(":memory:"))
@@ -520,7 +514,6 @@ def test_a_forgotten_person_may_come_back() -> None:
     assert line.column()["m4"] == "u1"
 
 
-@bug("a timeline that lost all of its claims is still listed as claimed", KeyError)
 def test_a_person_may_grow_after_its_device_was_taken() -> None:
     """A batch that moves a person, one of whose devices was unlinked, is processed."""
     line = Line(MemoryGraph())
@@ -531,7 +524,6 @@ def test_a_person_may_grow_after_its_device_was_taken() -> None:
     assert line.column() == {"m1": "u1", "m2": "u1"}
 
 
-@bug("the row of an email is only known as such by its claim, which unlink deletes")
 def test_a_device_is_taken_from_an_email_and_the_emails_own_row_stays(graph: Graph) -> None:
     """What the email itself did is never emptied with the anonymous rows of the device."""
     line = Line(graph, default=NO_REFERENCES)
@@ -542,7 +534,6 @@ def test_a_device_is_taken_from_an_email_and_the_emails_own_row_stays(graph: Gra
     assert line.column() == {"m1": None, "m2": MAIL}
 
 
-@bug("the row of an email is only known as such by its claim, which release makes nobody's")
 def test_a_released_device_leaves_the_emails_own_row(graph: Graph) -> None:
     """Releasing a device empties its anonymous rows only."""
     line = Line(graph, default=NO_REFERENCES)
@@ -553,7 +544,6 @@ def test_a_released_device_leaves_the_emails_own_row(graph: Graph) -> None:
     assert line.column() == {"m1": None, "m2": MAIL}
 
 
-@bug("the release is not remembered, only the claims that were there are changed")
 def test_a_late_claim_does_not_take_a_released_device(graph: Graph) -> None:
     """A login before the release that arrives after it claims nothing."""
     line = Line(graph)
@@ -564,7 +554,6 @@ def test_a_late_claim_does_not_take_a_released_device(graph: Graph) -> None:
     assert line.column() == {"m1": None, "m2": "u1"}
 
 
-@bug("a trait that the new owner never named keeps the value of the old owner")
 def test_a_row_that_moves_leaves_the_traits_of_its_old_owner(graph: Graph) -> None:
     """No row of one person ever shows a trait of another."""
     line = Line(graph, traits=("plan",))
@@ -576,7 +565,6 @@ def test_a_row_that_moves_leaves_the_traits_of_its_old_owner(graph: Graph) -> No
     assert line.column(PLAN)["m1"] is None
 
 
-@bug("the members of links that are new in this batch are not among those who moved")
 def test_a_trait_reaches_rows_of_a_person_that_is_joined_in_the_same_batch(graph: Graph) -> None:
     """A trait that comes with a new identifier is written to the rows that were there."""
     line = Line(graph, traits=("plan",))
@@ -589,7 +577,6 @@ def test_a_trait_reaches_rows_of_a_person_that_is_joined_in_the_same_batch(graph
     assert line.column(PLAN)["m1"] == "pro"
 
 
-@bug("the receipt says that the rows were stamped, though rules.stamps is off")
 def test_without_stamps_rows_on_their_way_are_made_good_by_flushed(graph: Graph) -> None:
     """An update that ran before its row was visible is sent again when the row is flushed."""
     line = Line(graph, stamps=False)
@@ -605,10 +592,6 @@ def test_without_stamps_rows_on_their_way_are_made_good_by_flushed(graph: Graph)
     assert line.column()["m1"] == "u1"
 
 
-@bug(
-    "an update without a row to match is made with an interval that ends before it starts",
-    ValidationError,
-)
 def test_forgetting_up_to_a_moment_before_the_person_was_seen(graph: Graph) -> None:
     """A moment in the past is no error."""
     line = Line(graph, target_column=OWN)
@@ -618,7 +601,6 @@ def test_forgetting_up_to_a_moment_before_the_person_was_seen(graph: Graph) -> N
     assert not line.recognizer.explain(U1).found
 
 
-@bug("the interval of an older update meets a row of nobody that is written after it")
 def test_an_older_update_does_not_take_a_row_of_nobody(graph: Graph) -> None:
     """A row that belongs to nobody since a release stays so, though an update is still to come."""
     line = Line(graph)
@@ -630,7 +612,6 @@ def test_an_older_update_does_not_take_a_row_of_nobody(graph: Graph) -> None:
     assert line.column() == {"m2": None}
 
 
-@bug("unstamped rows are only filled while empty, and an older update fills them first")
 def test_without_stamps_an_older_update_does_not_stand(graph: Graph) -> None:
     """The owner at the time of processing stands against an update that was still to come."""
     line = Line(graph, stamps=False)

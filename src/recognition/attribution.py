@@ -2,7 +2,7 @@
 Who owned a device when: from the claims of one anonymous id to spans, and what changed between two.
 
 All rules of attribution are in this file, and nothing else is: it knows no person, no table and no
-store. The owner is a pure function of the *set* of claims. `owner_at` is the rule; `spans` says the
+store. The owner is a pure function of the *set* of claims. `claim_at` is the rule; `spans` says the
 same for all times at once; `changes` compares two answers.
 
 Precedents of the policies:
@@ -72,7 +72,7 @@ class Claim(NamedTuple):
     owner: Hashable | None
     """Whoever claimed; ``None`` once forgotten or released: nobody, but the claim still stands."""
     until: int = END
-    """The last moment that this claim has any effect on; only a forgotten claim ends."""
+    """The last moment that this claim has any effect on; below `BEGINNING`: it has none."""
     soft: bool = False
     """The claiming event's own row holds no user id, so that it looks like an anonymous one."""
 
@@ -94,9 +94,9 @@ class Change(NamedTuple):
     new: Hashable | None
 
 
-def owner_at(claims: Sequence[Claim], time: int, rules: AttributionRules) -> Hashable | None:
+def claim_at(claims: Sequence[Claim], time: int, rules: AttributionRules) -> Claim | None:
     """
-    The owner of an anonymous event at ``time``.
+    The claim that decides about an anonymous event at ``time``; ``None``: none does.
 
     Only the claims that reach the event count: those not later than ``time + lookback``. Among
     equal times the message id decides.
@@ -106,7 +106,20 @@ def owner_at(claims: Sequence[Claim], time: int, rules: AttributionRules) -> Has
         time: Microseconds since 1970-01-01 UTC.
         rules: Policy and look-back.
     """
-    return _owner(_standing(claims, time), time, rules)
+    return _decide(_standing(claims, time), time, rules)
+
+
+def owner_at(claims: Sequence[Claim], time: int, rules: AttributionRules) -> Hashable | None:
+    """The owner of an anonymous event at ``time``; ``None``: nobody. See `claim_at`."""
+    claim = claim_at(claims, time, rules)
+    return None if claim is None else claim.owner
+
+
+def ask(claims: Sequence[Claim], rules: AttributionRules) -> Callable[[int], Hashable | None]:
+    """`owner_at` of one timeline, to be asked for many times."""
+    if any(claim.until < END for claim in claims):
+        return lambda time: owner_at(claims, time, rules)
+    return lambda time: _owner(claims, time, rules)
 
 
 def _standing(claims: Sequence[Claim], time: int) -> Sequence[Claim]:
@@ -116,20 +129,25 @@ def _standing(claims: Sequence[Claim], time: int) -> Sequence[Claim]:
 
 
 def _owner(claims: Sequence[Claim], time: int, rules: AttributionRules) -> Hashable | None:
+    claim = _decide(claims, time, rules)
+    return None if claim is None else claim.owner
+
+
+def _decide(claims: Sequence[Claim], time: int, rules: AttributionRules) -> Claim | None:
     reaching = bisect_right(claims, time + rules.lookback, key=_time)
     if not reaching:
         return None
     match rules.policy:
         case Policy.FIRST_CLAIM:
-            return claims[0].owner
+            return claims[0]
         case Policy.LAST_LOGIN:
-            return claims[reaching - 1].owner
+            return claims[reaching - 1]
         case Policy.DEVICE_SPLIT:
             before = bisect_right(claims, time, key=_time)
-            return claims[before - 1].owner if before else claims[0].owner
+            return claims[before - 1] if before else claims[0]
         case Policy.SINCE_LAST_IDENTIFY:
             after = bisect_left(claims, time, key=_time)
-            return claims[after].owner if after < reaching else None
+            return claims[after] if after < reaching else None
 
 
 def spans(claims: Sequence[Claim], rules: AttributionRules) -> list[Span]:

@@ -468,7 +468,6 @@ def parse_event(body: object, format: Format | Mapping[str, Format] | None = Non
         table=_find_text(objects, plan.table),
         traits=traits,
         user_agent=_find_text(objects, plan.user_agent),
-
     )
 
 

@@ -117,7 +117,7 @@ def is_blocked(value: str, rules: IdentityRules) -> bool:
         or folded in BLOCKED
         or folded in rules.blocked
         or (bare[0] in "0-" and _ZEROS.fullmatch(bare) is not None)
-        or (len(bare) > 3 and bare[1] == bare[2] and _repeats(folded))
+        or (len(folded) > 3 and folded[1] == folded[2] and _repeats(folded))
         or (rules.blocked_patterns and _matches(bare, rules.blocked_patterns))
     )
 

@@ -12,6 +12,7 @@ The built-in ones are Jitsu's data layouts, as its Bulker destination writes the
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
@@ -185,11 +186,12 @@ def single_table(name: str, table: str, columns: Columns) -> Layout:
 
 _COLUMN = re.compile(r"[^\W\d][\w$-]{0,62}")
 _WORD_START = re.compile(r"(?<=[A-Za-z0-9])(?=[A-Z])")
+_LOWER = str.maketrans(string.ascii_uppercase + " ", string.ascii_lowercase + "_")
 
 
 def snake_case(name: str) -> str:
-    """As Jitsu does it: ``_`` before each capital letter after a letter or digit, lower case."""
-    return _WORD_START.sub("_", name).lower().replace(" ", "_")
+    """As Jitsu does it: ``_`` between a letter or digit and a capital, A to Z in lower case."""
+    return _WORD_START.sub("_", name).translate(_LOWER)
 
 
 _NOT_IN_TABLE = re.compile(r"[^\w $-]+")

@@ -233,7 +233,7 @@ def parse_update(text: str | bytes) -> UpdateByCriteria:
     """
     try:
         head = json.loads(text)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise MessageError(f"not a JSON object: {_where_json_broke(exc)}") from None
     if not isinstance(head, dict):
         raise MessageError(f"an update message is a JSON object, found {type(head).__name__}")
@@ -275,7 +275,7 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def _where_json_broke(exc: ValueError) -> str:
+def _where_json_broke(exc: Exception) -> str:
     if isinstance(exc, json.JSONDecodeError):
         return f"{exc.msg} at character {exc.pos}"
-    return type(exc).__name__
+    return "nested too deep" if isinstance(exc, RecursionError) else type(exc).__name__

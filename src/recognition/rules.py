@@ -63,7 +63,8 @@ class Rules:
         layout: Where events live.
         target_column: The column that receives the owner's canonical id. ``None``: the layout's
             user column, and then only rows without a user of their own are ever written.
-        traits: The user traits that an update writes too; latest value of the person wins.
+        traits: The user traits that an update writes too. Recognised rows hold the latest value
+            that the person has named, in these columns, and nothing where it never named one.
         stamps: Whether the rows are written from what `Recognizer.process` returns. ``False``:
             somebody else writes them as they came, so that every owned row needs an update.
         tables: What is kept and compared, for tables that differ from ``default``.
@@ -152,13 +153,13 @@ class Rules:
         """
         The columns that a row of this owner holds; of nobody's row, all of them are empty.
 
-        A trait that the person never named is left out: it empties no column.
+        A trait that the person never named is empty too: nothing of another owner stays behind.
         """
         values: Row = {self.target_of(table): owner}
         columns = self.layout.columns_of(table)
         for trait, value in zip(self.traits, traits or [None] * len(self.traits), strict=True):
             column = columns.trait_column(trait)
-            if column is not None and (value is not None or owner is None):
+            if column is not None:
                 values[column] = value
         return values
 

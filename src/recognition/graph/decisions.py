@@ -40,6 +40,7 @@ from recognition.attribution import (
     Claim,
     Policy,
     changes,
+    ask,
     owner_at,
     spans,
 )
@@ -65,6 +66,9 @@ USER_ID = "user_id"
 # One update names at most this many messages (about 1 MB as JSON), so that a device of a million
 # events makes many messages of bounded size instead of one without bound.
 MAX_REFS = 10_000
+
+# The end of a claim that has no effect at all, but whose row is still there.
+_NEVER = BEGINNING - 1
 
 # Refused links keep identifiers in one component without making them one person; deciding a person
 # reads its whole component, so a component has a limit as well. A multiple of the person's.
@@ -137,6 +141,7 @@ class _Device:
     """A timeline of the batch: its handle, and the claims around the batch's events."""
 
     handle: int
+    released_until: int = -1
     claims: list[Claim] = field(default_factory=list)
     fresh: bool = False
 
@@ -221,8 +226,6 @@ class _Decision:
             Identifier(USER_ID, o.previous_id) for o in observations if o.previous_id is not None
         )
         forgotten = store.forgotten(identifiers) if identifiers else {}
-        if forgotten:
-            identifiers -= forgotten.keys()
 
         seen: dict[Identifier, tuple[Seen, str]] = {}
         links: dict[tuple[Identifier, Identifier, bool], tuple[int, str]] = {}
@@ -241,7 +244,9 @@ class _Decision:
                         claims[o.anonymous_id].append(
                             (o.time, o.message_id, None, max(ends), not o.names_user)
                         )
-                    o = o._replace(anonymous_id=None, known=(), as_seen=(), previous_id=None)
+                    # Its row is its device's under some rules, and nobody's under all others.
+                    device = o.anonymous_id if rules.identified_follow_device else None
+                    o = o._replace(anonymous_id=device, known=(), as_seen=(), previous_id=None)
             living.append(o)
             device = o.anonymous_id
             if device is not None:
@@ -281,21 +286,22 @@ class _Decision:
         persons = self._join(handles, known, lowered, links)
         devices = self._devices(ranges, claims, living)
         new_claims = self._new_claims(devices, claims, handles)
-        changed = self._new_traits(traits, handles)
+        latest_traits, told = self._new_traits(traits, handles)
         fallback = next((o.message_id for o in living if o.known), None)
-        self._carry_out(devices, new_claims, persons, changed, fallback)
+        self._carry_out(devices, new_claims, persons, latest_traits, told, fallback)
 
         owners = self._owners(living, devices, handles)
         if not rules.stamps:
             self._write_rows(living, [None] * len(living), owners, devices, handles)
+        self._outlast(living, owners, devices, new_claims)
         self._keep_references(living, devices, handles)
         self._finish()
-        return Outcome(
-            owners,
-            self._store.next_sequence(),
-            Receipt(store.decision(), tuple(living), tuple(owners)),
-            self._counts,
-        )
+        if rules.stamps:
+            receipt = Receipt(store.decision(), tuple(living), tuple(owners))
+        else:
+            # The rows carry nobody, whatever was decided: all of them are looked at again.
+            receipt = Receipt(-1, tuple(living), (None,) * len(living))
+        return Outcome(owners, store.next_sequence(), receipt, self._counts)
 
     def recheck(self, receipt: Receipt) -> int:
         observations = receipt.observations
@@ -380,10 +386,14 @@ class _Decision:
                 for link in stored.get(component, ())
             }
             before = dict(merged)
-            merged.update({(link.a, link.b, link.alias): link for link in new})
             members = {handle for link in merged.values() for handle in (link.a, link.b)}
-            if len(members) > limit:
-                self._counts.conflicts += len(new)
+            for link in sorted(new, key=lambda link: (not link.alias, link.time, link.message_id)):
+                if len(members | {link.a, link.b}) > limit:
+                    self._counts.conflicts += 1
+                    continue
+                members |= {link.a, link.b}
+                merged[link.a, link.b, link.alias] = link
+            if merged == before and not also:
                 continue
             held = self._store.held(members)
             names = {handle: identifier for handle, (identifier, _) in held.items()}
@@ -396,8 +406,8 @@ class _Decision:
             )
             component = min(components, default=0) or min(members)
             put = []
-            for link, key in by_name.items():
-                decided = merged[key]._replace(refused=result.refused.get(link, ""))
+            for named, key in by_name.items():
+                decided = merged[key]._replace(refused=result.refused.get(named, ""))
                 if decided != before.get(key):
                     put.append(decided)
                     was = before.get(key)
@@ -413,12 +423,13 @@ class _Decision:
 
     def _new_traits(
         self, traits: Mapping[Identifier, Mapping[str, Trait]], handles: Mapping[Identifier, int]
-    ) -> dict[int, dict[str, Trait]]:
-        """The traits that are later than those held, by handle."""
+    ) -> tuple[dict[int, dict[str, Trait]], set[int]]:
+        """The traits that are later than those held, by handle, and whose say something new."""
         if not traits:
-            return {}
+            return {}, set()
         held = self._store.traits([handles[identifier] for identifier in traits])
         newer: dict[int, dict[str, Trait]] = {}
+        told: set[int] = set()
         for identifier, found in traits.items():
             handle = handles[identifier]
             later = {
@@ -426,9 +437,12 @@ class _Decision:
                 for name, trait in found.items()
                 if name not in held.get(handle, {}) or trait > held[handle][name]
             }
+            before = held.get(handle, {})
             if later:
-                newer[handle] = {**held.get(handle, {}), **later}
-        return newer
+                newer[handle] = {**before, **later}
+            if any(n not in before or before[n].value != t.value for n, t in later.items()):
+                told.add(handle)
+        return newer, told
 
     def _owners_of(self, handles: Iterable[int]) -> dict[int, Owner]:
         """What the rows of these identifiers hold, as the store stands now."""
@@ -492,7 +506,9 @@ class _Decision:
         wanted.update(claims)
         known = self._store.timelines(ranges)
         missing = [value for value in wanted if value is not None and value not in known]
-        devices = {value: _Device(held.handle) for value, held in known.items()}
+        devices = {
+            value: _Device(held.handle, held.released_until) for value, held in known.items()
+        }
         if missing:
             for value, handle in self._store.add_timelines(missing).items():
                 devices[value] = _Device(handle, fresh=True)
@@ -533,17 +549,22 @@ class _Decision:
             for _, _, owner, _, _ in offered
             if owner is not None and not devices[value].fresh
         }
-        barred = self._store.released(pairs) if pairs else set()
+        barred = self._store.barred(pairs) if pairs else set()
         new: dict[str, list[Claim]] = {}
         for value, offered in claims.items():
             device = devices[value]
             present = {claim[:2] for claim in device.claims}
             for time, message_id, identifier, until, soft in offered:
                 owner = None if identifier is None else handles[identifier]
-                if (time, message_id) in present or (device.handle, owner) in barred:
+                if (time, message_id) in present:
                     continue
                 present.add((time, message_id))
-                new.setdefault(value, []).append(Claim(time, message_id, owner, until, soft))
+                claim = Claim(time, message_id, owner, until, soft)
+                if (device.handle, owner) in barred:
+                    claim = claim._replace(until=_NEVER)
+                elif owner is not None and time <= device.released_until:
+                    claim = claim._replace(owner=None, until=device.released_until)
+                new.setdefault(value, []).append(claim)
         self._counts.claims += sum(map(len, new.values()))
         return new
 
@@ -553,11 +574,12 @@ class _Decision:
         new_claims: Mapping[str, list[Claim]],
         persons: Mapping[int, tuple[int, int]],
         traits: Mapping[int, Mapping[str, Trait]],
+        told: Collection[int],
         fallback: str | None,
     ) -> None:
         """Write claims, persons and traits, and emit what their rows need."""
         store = self._store
-        moved = self._moved(persons, traits)
+        moved = self._moved(persons, told)
         elsewhere = store.claimed_by(moved) if moved else set()
         whole = store.claims(dict.fromkeys(elsewhere, (BEGINNING, END))) if elsewhere else {}
         touched: dict[int, tuple[str, list[Claim], list[Claim]]] = {}
@@ -565,19 +587,20 @@ class _Decision:
         by_handle = {device.handle: value for value, device in devices.items()}
         for handle in elsewhere:
             value = by_handle.get(handle) or names[handle]
+            claims = whole.get(handle, [])
             if value in devices:
-                devices[value].claims = whole[handle]
-            touched[handle] = (value, whole[handle], list(whole[handle]))
+                devices[value].claims = claims
+            touched[handle] = (value, claims, list(claims))
         fresh = set()
-        for value, claims in new_claims.items():
+        for value, added in new_claims.items():
             device = devices[value]
             if device.fresh:
                 fresh.add(device.handle)
             old = touched[device.handle][1] if device.handle in touched else device.claims
             merged = list(old)
-            for claim in claims:
+            for claim in added:
                 insort(merged, claim)
-            if device.handle in touched or not self._settled(old, claims):
+            if device.handle in touched or not self._settled(old, added):
                 touched[device.handle] = (value, old, merged)
             device.claims = merged
         concerned = {
@@ -607,10 +630,8 @@ class _Decision:
             if before.get(handle) != self._after.get(handle):
                 self._rewrite_identified(handle, self._after[handle], fallback)
 
-    def _moved(
-        self, persons: Mapping[int, tuple[int, int]], traits: Mapping[int, object]
-    ) -> set[int]:
-        """The identifiers whose rows may hold something else after this."""
+    def _moved(self, persons: Mapping[int, tuple[int, int]], traits: Collection[int]) -> set[int]:
+        """The identifiers whose rows may hold something else: other persons, or other traits."""
         if not persons and not traits:
             return set()
         held = self._store.held({*persons, *traits})
@@ -624,7 +645,7 @@ class _Decision:
                 for link in links
                 for end in (link.a, link.b)
             }
-            moved |= ends | set(traits)
+            moved |= ends | set(traits) | set(persons)
         return moved
 
     def _settled(self, old: Sequence[Claim], new: Sequence[Claim]) -> bool:
@@ -673,15 +694,18 @@ class _Decision:
         handles: Mapping[Identifier, int],
     ) -> list[Owner | None]:
         attribution, follow = self._rules.attribution, self._rules.identified_follow_device
+        asked = {
+            value: ask(device.claims, attribution)
+            for value, device in devices.items()
+            if device.claims
+        }
         found: list[int | None] = []
         for o in observations:
             owner: Hashable | None = None
-            if o.anonymous_id is not None and (follow or not o.known):
-                device = devices.get(o.anonymous_id)
-                if device is not None and device.claims:
-                    owner = owner_at(device.claims, o.time, attribution)
-            if owner is None and o.known:
+            if o.known and not (follow and o.anonymous_id is not None):
                 owner = handles.get(o.known[0])
+            elif o.anonymous_id in asked:
+                owner = asked[o.anonymous_id](o.time)
             found.append(owner if isinstance(owner, int) else None)
         missing = {owner for owner in found if owner is not None} - self._after.keys()
         if missing:
@@ -740,6 +764,52 @@ class _Decision:
             self._emit_device(
                 table, device.handle, value, refs, old, new, Cause(anonymous_id=value), whole=False
             )
+
+    def _outlast(
+        self,
+        observations: Sequence[Observation],
+        owners: Sequence[Owner | None],
+        devices: Mapping[str, _Device],
+        new_claims: Mapping[str, Sequence[Claim]],
+    ) -> None:
+        """
+        Protect rows of this batch from older updates of their device that are still on their way.
+
+        A row that is stamped is not empty and says so itself. Two kinds of rows do not: one that is
+        nobody's, on a device that was somebody's until that was taken back; and one that looks
+        anonymous to the table where whole spans are written. Both are rare and late.
+        """
+        soft = {
+            (value, claim.time, claim.message_id)
+            for value, claims in new_claims.items()
+            for claim in claims
+            if claim.soft
+        }
+        for o, owner in zip(observations, owners, strict=True):
+            device = None if o.anonymous_id is None else devices.get(o.anonymous_id)
+            if device is None or o.anonymous_id is None or not device.claims:
+                continue
+            if owner is None and not o.known and any(c.until < END for c in device.claims):
+                later = self._store.references(device.handle, o.time, END).values()
+                kept = any(later) and not any(o.message_id in refs for refs in later)
+                tables = [t for t in o.tables if kept and self._rules.keeps_references(t)]
+            elif (o.anonymous_id, o.time, o.message_id) in soft:
+                at = owner_at(device.claims, o.time, self._rules.attribution)
+                others = self._values({at}).get(at) != owner
+                tables = [
+                    t
+                    for t in o.tables
+                    if others and self._rules.supersede_of(t) is Supersede.COLUMN
+                ]
+            else:
+                continue
+            for table in tables:
+                columns = self._rules.layout.columns_of(table)
+                criteria: list[Criterion] = [
+                    Equals(column=columns.anonymous_id, value=o.anonymous_id),
+                    self._messages(table, [(o.message_id, o.time)]),
+                ]
+                self._emit(table, owner, criteria, 1, Cause(anonymous_id=o.anonymous_id))
 
     def _keep_references(
         self,
@@ -800,7 +870,7 @@ class _Decision:
             old = present.get(key, StoredLink(*key, END, "", True, ""))
             parted.append(old._replace(unlinked=True))
         persons = self._regroup(stored, parted, component_of)
-        self._carry_out({}, {}, persons, {}, None)
+        self._carry_out({}, {}, persons, {}, (), None)
 
     def _unlink_device(self, anonymous_id: str, identifier: Identifier) -> None:
         known = self._store.identifiers({identifier})
@@ -812,8 +882,9 @@ class _Decision:
         timeline = self._timeline(anonymous_id)
         old = self._store.claims({timeline: (BEGINNING, END)}).get(timeline, [])
         gone = [claim for claim in old if claim.owner == owner]
-        self._store.release(timeline, owner)
-        self._replace(timeline, anonymous_id, old, gone, [])
+        self._store.bar(timeline, owner)
+        void = [claim._replace(until=_NEVER) for claim in gone]
+        self._replace(timeline, anonymous_id, old, gone, void)
 
     def _timeline(self, anonymous_id: str) -> int:
         held = self._store.timelines({anonymous_id}).get(anonymous_id)
@@ -826,7 +897,8 @@ class _Decision:
         old = self._store.claims({timeline: (BEGINNING, END)}).get(timeline, [])
         until = max([at, *(claim.time for claim in old)])
         gone = [claim for claim in old if claim.owner is not None]
-        nobody = [claim._replace(owner=None, until=until) for claim in gone]
+        nobody = [claim._replace(owner=None, until=min(until, claim.until)) for claim in gone]
+        self._store.release(anonymous_id, until)
         self._replace(timeline, anonymous_id, old, gone, nobody)
         self._finish()
         return self._counts.updates
@@ -843,11 +915,21 @@ class _Decision:
         claims = self._store.claims(dict.fromkeys(timelines, (BEGINNING, END)))
         theirs = set(handles.values())
         until = max(
-            [at, *(c.time for found in claims.values() for c in found if c.owner in theirs)]
+            [
+                at,
+                *(c.time for found in claims.values() for c in found if c.owner in theirs),
+                *(h.seen.time for h in person.values() if h.seen.time < END),
+                *(
+                    t
+                    for h in theirs
+                    for refs in self._store.references(-h, BEGINNING, END).values()
+                    for t in refs.values()
+                ),
+            ]
         )
         for timeline, old in claims.items():
             gone = [claim for claim in old if claim.owner in theirs]
-            nobody = [claim._replace(owner=None, until=until) for claim in gone]
+            nobody = [claim._replace(owner=None, until=min(until, claim.until)) for claim in gone]
             self._replace(timeline, values[timeline], old, gone, nobody)
         for handle in theirs:
             self._rewrite_identified(handle, None, None, until)
@@ -882,13 +964,14 @@ class _Decision:
         """Take claims from a timeline, put others there, and emit what its rows need."""
         if not gone:
             return
-        left = sorted([*(claim for claim in old if claim not in gone), *new])
+        taken = set(gone)
+        left = sorted([*(claim for claim in old if claim not in taken), *new])
         owners = {c.owner for c in (*old, *left) if isinstance(c.owner, int)}
         before = self._owners_of(owners)
-        self._store.replace_claims(timeline, gone, new)
-        self._store.decided()
         self._after.update(before)
         self._compare(timeline, anonymous_id, old, left, before, None)
+        self._store.replace_claims(timeline, gone, new)
+        self._store.decided()
 
     # ---------------------------------------------------------------- updates
 
@@ -978,7 +1061,7 @@ class _Decision:
             criteria.append(Empty(column=columns.user_id))
         expected = True
         if self._rules.supersede_of(table) is Supersede.REFERENCES:
-            if old is not None:
+            if old is not None or not whole:
                 for part in _parts(refs):
                     named = [*criteria, self._messages(table, part)]
                     self._emit(table, new, named, len(part), cause)
@@ -1043,7 +1126,7 @@ class _Decision:
             return []
         soft = self._store.soft_claims(timeline, low, high)
         values = self._values({claim.owner for claim in soft})
-        return sorted({claim.time for claim in soft if values.get(claim.owner) != new})
+        return sorted({c.time for c in soft if c.owner is None or values.get(c.owner) != new})
 
     def _values(self, owners: Collection[Hashable | None]) -> dict[Hashable | None, Owner]:
         missing = {o for o in owners if isinstance(o, int)} - self._after.keys()

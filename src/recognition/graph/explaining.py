@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from recognition.attribution import BEGINNING, END, Claim, owner_at, spans
+from recognition.attribution import BEGINNING, END, Claim, claim_at, spans
 from recognition.events import Identifier
 from recognition.graph.store import Known, Store, StoredLink
 from recognition.identity import ANONYMOUS
@@ -192,22 +192,22 @@ def _explain_message(store: Store, rules: Rules, message_id: str) -> Explanation
     value = store.anonymous_ids({sighting.subject}).get(sighting.subject)
     own = [c for c in claims if c.message_id == message_id and isinstance(c.owner, int)]
     if own and not rules.identified_follow_device:
-        owner: object = own[0].owner
+        claim: Claim | None = own[0]
         why = "the event itself carried a known identifier"
     else:
-        owner = owner_at(claims, sighting.time, rules.attribution)
+        claim = claim_at(claims, sighting.time, rules.attribution)
         why = f"policy {rules.attribution.policy} gives the event to a claim of its device"
-    if not isinstance(owner, int):
+    if claim is None or not isinstance(claim.owner, int):
         return Explanation(
             found=True,
             owner=None,
             because=("the event is anonymous, and no claim of its device reaches it",),
             claims=() if value is None else _reasons(store, value, claims),
         )
-    claim = next(c for c in claims if c.owner == owner)
-    known = store.held({owner})[owner][1]
-    found = _explain_known(store, known, (why, f"first claimed by message {claim.message_id}"))
-    return found
+    known = store.held({claim.owner})[claim.owner][1]
+    return _explain_known(
+        store, known, (why, f"the device was claimed by message {claim.message_id}")
+    )
 
 
 def _canonical(store: Store, claims: list[Claim]) -> Mapping[int, str]:

@@ -201,7 +201,8 @@ class _MemoryStore:
     claimed: set[int] = field(default_factory=set)
     claims_by_timeline: dict[int, list[Claim]] = field(default_factory=dict)
     timelines_of: dict[int, set[int]] = field(default_factory=dict)
-    barred: set[tuple[int, int]] = field(default_factory=set)
+    barred_pairs: set[tuple[int, int]] = field(default_factory=set)
+    released_until: dict[int, int] = field(default_factory=dict)
     handles: dict[Identifier, int] = field(default_factory=dict)
     by_handle: dict[int, tuple[Identifier, Known, str]] = field(default_factory=dict)
     links_by_component: dict[int, dict[tuple[int, int, bool], StoredLink]] = field(
@@ -243,10 +244,11 @@ class _MemoryStore:
             for value, found in self.below.timelines(unread).items():
                 self.handles_by_device[value] = found.handle
                 self.devices[found.handle] = value
+                self.released_until[found.handle] = found.released_until
                 if found.claimed:
                     self.claimed.add(found.handle)
         return {
-            value: Timeline(handle, handle in self.claimed)
+            value: Timeline(handle, handle in self.claimed, self.released_until.get(handle, -1))
             for value in anonymous_ids
             if (handle := self.handles_by_device.get(value)) is not None
         }
@@ -307,7 +309,8 @@ class _MemoryStore:
     def replace_claims(
         self, timeline: int, gone: Collection[Claim], new: Collection[Claim]
     ) -> None:
-        held = [claim for claim in self._claims_of(timeline) if claim not in gone]
+        taken = set(gone)
+        held = [claim for claim in self._claims_of(timeline) if claim not in taken]
         self.claims_by_timeline[timeline] = sorted([*held, *new])
 
     def soft_claims(self, timeline: int, low: int, high: int) -> list[Claim]:
@@ -324,12 +327,16 @@ class _MemoryStore:
     def claimed_by(self, identifiers: Collection[int]) -> set[int]:
         return {t for identifier in identifiers for t in self._timelines_of(identifier)}
 
-    def released(self, pairs: Collection[tuple[int, int]]) -> set[tuple[int, int]]:
-        found = {pair for pair in pairs if pair in self.barred}
-        return found | self.below.released(pairs) if self.below is not None else found
+    def barred(self, pairs: Collection[tuple[int, int]]) -> set[tuple[int, int]]:
+        found = {pair for pair in pairs if pair in self.barred_pairs}
+        return found | self.below.barred(pairs) if self.below is not None else found
 
-    def release(self, timeline: int, identifier: int) -> None:
-        self.barred.add((timeline, identifier))
+    def bar(self, timeline: int, identifier: int) -> None:
+        self.barred_pairs.add((timeline, identifier))
+
+    def release(self, anonymous_id: str, until: int) -> None:
+        timeline = self.handles_by_device[anonymous_id]
+        self.released_until[timeline] = max(until, self.released_until.get(timeline, -1))
 
     # ---------------------------------------------------------------- identifiers
 

@@ -62,7 +62,7 @@ CREATE TABLE places (
 ) WITHOUT ROWID;
 -- key: the anonymous id, 16 bytes where it is a UUID
 CREATE TABLE timelines (
-    workspace INTEGER, key, id INTEGER NOT NULL, claimed INTEGER NOT NULL,
+    workspace INTEGER, key, id INTEGER NOT NULL, claimed INTEGER NOT NULL, released INTEGER,
     PRIMARY KEY (workspace, key)
 ) WITHOUT ROWID;
 -- ended: some of its claims were forgotten or released
@@ -75,7 +75,7 @@ CREATE TABLE claims (
     PRIMARY KEY (timeline, time, message)
 ) WITHOUT ROWID;
 CREATE TABLE claimants (
-    identifier INTEGER, timeline INTEGER, released INTEGER NOT NULL DEFAULT 0,
+    identifier INTEGER, timeline INTEGER, barred INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (identifier, timeline)
 ) WITHOUT ROWID;
 CREATE TABLE identifiers (
@@ -444,9 +444,10 @@ class _SqliteStore:
     def timelines(self, anonymous_ids: Collection[str]) -> dict[str, Timeline]:
         packed = {_pack_id(value): value for value in anonymous_ids}
         return {
-            packed[key]: Timeline(handle, bool(claimed))
-            for key, handle, claimed in self._select_in(
-                "SELECT key, id, claimed FROM timelines WHERE workspace = ? AND key IN ({})",
+            packed[key]: Timeline(handle, bool(claimed), -1 if released is None else released)
+            for key, handle, claimed, released in self._select_in(
+                "SELECT key, id, claimed, released FROM timelines"
+                " WHERE workspace = ? AND key IN ({})",
                 (self._workspace,),
                 packed,
             )
@@ -457,7 +458,7 @@ class _SqliteStore:
         made = {value: last + n for n, value in enumerate(anonymous_ids, start=1)}
         self._set("timeline", last + len(made))
         self._connection.executemany(
-            "INSERT INTO timelines VALUES (?, ?, ?, 0)",
+            "INSERT INTO timelines VALUES (?, ?, ?, 0, NULL)",
             [(self._workspace, _pack_id(value), handle) for value, handle in made.items()],
         )
         return made
@@ -553,28 +554,35 @@ class _SqliteStore:
         return {
             timeline
             for (timeline,) in self._select_in(
-                "SELECT timeline FROM claimants WHERE NOT released AND identifier IN ({})",
+                "SELECT timeline FROM claimants WHERE NOT barred AND identifier IN ({})",
                 (),
                 identifiers,
             )
         }
 
-    def released(self, pairs: Collection[tuple[int, int]]) -> set[tuple[int, int]]:
+    def barred(self, pairs: Collection[tuple[int, int]]) -> set[tuple[int, int]]:
         wanted = set(pairs)
         return {
             pair
             for pair in self._select_in(
-                "SELECT timeline, identifier FROM claimants WHERE released AND identifier IN ({})",
+                "SELECT timeline, identifier FROM claimants WHERE barred AND identifier IN ({})",
                 (),
                 {identifier for _, identifier in wanted},
             )
             if pair in wanted
         }
 
-    def release(self, timeline: int, identifier: int) -> None:
+    def bar(self, timeline: int, identifier: int) -> None:
         self._connection.execute(
-            "INSERT INTO claimants VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET released = 1",
+            "INSERT INTO claimants VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET barred = 1",
             (identifier, timeline),
+        )
+
+    def release(self, anonymous_id: str, until: int) -> None:
+        self._connection.execute(
+            "UPDATE timelines SET released = max(?, coalesce(released, -1))"
+            " WHERE workspace = ? AND key = ?",
+            (until, self._workspace, _pack_id(anonymous_id)),
         )
 
     # ---------------------------------------------------------------- identifiers

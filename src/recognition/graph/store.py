@@ -22,10 +22,15 @@ from recognition.messages import UpdateByCriteria
 
 
 class Timeline(NamedTuple):
-    """An anonymous id that is known to the graph."""
+    """
+    An anonymous id that is known to the graph.
+
+    ``released_until``: claims until then are nobody's (-1: it was never released).
+    """
 
     handle: int
     claimed: bool
+    released_until: int = -1
 
 
 class Known(NamedTuple):
@@ -122,11 +127,14 @@ class Store(Protocol):
     def claimed_by(self, identifiers: Collection[int]) -> set[int]:
         """The timelines that these known identifiers ever claimed."""
 
-    def released(self, pairs: Collection[tuple[int, int]]) -> set[tuple[int, int]]:
+    def barred(self, pairs: Collection[tuple[int, int]]) -> set[tuple[int, int]]:
         """Those pairs of (timeline, identifier) that were unlinked and never claim again."""
 
-    def release(self, timeline: int, identifier: int) -> None:
+    def bar(self, timeline: int, identifier: int) -> None:
         """Remember that the identifier never claims this timeline again."""
+
+    def release(self, anonymous_id: str, until: int) -> None:
+        """Remember that the timeline was released; the later of two moments holds."""
 
     def identifiers(self, identifiers: Collection[Identifier]) -> dict[Identifier, Known]:
         """Those of the known identifiers (normalised) that the graph holds."""

@@ -27,6 +27,8 @@ from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.engine.default import DefaultDialect
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
 
 from recognition.errors import (
     ConfigurationError,
@@ -76,7 +78,7 @@ class DuckdbSink(SqlSink):
             raise ConfigurationError(
                 "a DuckDB URL is duckdb:///relative/path or duckdb:////absolute/path"
             ) from exc
-        return sa.create_engine(parsed.set(drivername="recognition_duckdb"), hide_parameters=True)
+        return sa.create_engine(parsed.set(drivername=DuckdbDialect.name), hide_parameters=True)
 
     def exists(self) -> bool:
         """A database in memory always does."""
@@ -486,4 +488,10 @@ class DuckdbDialect(PGDialect):
         dbapi_connection.begin()
 
 
-registry.register("recognition_duckdb", __name__, "DuckdbDialect")
+@compiles(sa.TryCast, DuckdbDialect.name)
+def _render_try_cast(element: sa.TryCast[Any], compiler: SQLCompiler, **kw: Any) -> str:
+    expression = compiler.process(element.clause, **kw)
+    return f"TRY_CAST({expression} AS {compiler.process(element.typeclause, **kw)})"
+
+
+registry.register(DuckdbDialect.name, __name__, DuckdbDialect.__name__)

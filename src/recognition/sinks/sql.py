@@ -476,10 +476,7 @@ class SqlSink(ABC):
     ) -> AppliedStep:
         if stage is None:
             stage = self._stage(transaction, step, target)
-        statement = self._set_rows(step, target)
-        if spare:
-            statement = statement.where(*self._spare(stage, step, target, spare))
-        changed = transaction.execute(statement).rowcount
+        changed = transaction.execute(self._set_rows(step, target, spare)).rowcount
         if step.shape.covers and not step.shape.versioned:
             self._remember(transaction, stage, step, target)
         rows = changed
@@ -502,7 +499,9 @@ class SqlSink(ABC):
 
     # Statements ---------------------------------------------------------------------------------
 
-    def _set_rows(self, step: Step, target: Target) -> sa.Update:
+    def _set_rows(
+        self, step: Step, target: Target, spare: frozenset[_Spared] = frozenset()
+    ) -> sa.Update:
         """The one statement that writes to the target."""
         shape = step.shape
         stage = self._stage_clause(shape, target)
@@ -534,6 +533,7 @@ class SqlSink(ABC):
             ]
             where.append(sa.or_(*differs))
         where += self._bounds(table, step, target)
+        where += self._spare(table, stage, step, target, spare)
         return sa.update(table).values(values).where(*where)
 
     def _bounds(self, table: sa.TableClause, step: Step, target: Target) -> list[_Condition]:
@@ -760,7 +760,9 @@ class SqlSink(ABC):
             message_column = spelled.get(later.message_column, later.message_column)
             if cuts(cover, shape, row):
                 covers[later.position].append(cover)
-            elif message_column and narrows(cover, shape, row, message_column):
+            elif message_column.lower() in target.columns and narrows(
+                cover, shape, row, message_column
+            ):
                 note = _Spared(cover.columns, later.columns, later.message_column, later.extras)
                 spared[later.position].append(note)
         return covers, spared
@@ -776,32 +778,35 @@ class SqlSink(ABC):
         )
 
     def _spare(
-        self, stage: sa.TableClause, step: Step, target: Target, spare: frozenset[_Spared]
+        self,
+        table: sa.TableClause,
+        stage: sa.TableClause,
+        step: Step,
+        target: Target,
+        spare: frozenset[_Spared],
     ) -> list[_Condition]:
         """No row that a later update named by message."""
-        table = target.clause()
         later = sa.or_(
             LEDGER.c.sequence > stage.c.sequence,
             sa.and_(LEDGER.c.sequence == stage.c.sequence, LEDGER.c.update_id > stage.c.update_id),
         )
-        return [
-            ~sa.exists(
+        where = []
+        for note in sorted(spare, key=lambda note: note[1:]):
+            column = target.column(note.message_column)
+            named: sa.Select[Any] = (
                 sa.select(sa.literal_column("1"))
                 .select_from(LEDGER)
                 .where(
                     *self._same_key(stage, step, target),
                     LEDGER.c.message_column == note.message_column,
-                    LEDGER.c.message_id
-                    == self._text(table.c[note.message_column], target.column(note.message_column)),
+                    LEDGER.c.message_id == self._text(table.c[column.name], column),
                     LEDGER.c.columns == note.columns,
                     LEDGER.c.extras == note.extras,
                     later,
                 )
-                .correlate(stage, table)
             )
-            for note in sorted(spare, key=lambda note: note[1:])
-            if note.message_column.lower() in target.columns
-        ]
+            where.append(~sa.exists(named.correlate(table, stage)))
+        return where
 
     def _remember(
         self, transaction: Transaction, stage: sa.TableClause, step: Step, target: Target
@@ -946,8 +951,13 @@ class SqlSink(ABC):
                 values = [row.values[shape.columns.index(name)] for row in step.rows]
                 kind = next((_KINDS[type(value)] for value in values if value is not None), "text")
             commands.append(f"ALTER TABLE {named} ADD COLUMN {quote(name)} {self.types[kind]}")
-        near = get_close_matches(missing[0].lower(), target.columns, n=1, cutoff=0.7)
-        hint = f" (there is {target.column(near[0]).name!r})" if near else ""
+        near = {
+            name
+            for missed in missing
+            for name in get_close_matches(missed.lower(), target.columns, n=1, cutoff=0.7)
+        }
+        like = ", ".join(repr(target.column(name).name) for name in sorted(near))
+        hint = f" (there is {like})" if like else ""
         shown = ", ".join(repr(name) for name in missing)
         return f"{shown}{hint}; add it with: {'; '.join(commands)}"
 
@@ -965,26 +975,26 @@ class SqlSink(ABC):
             if column.nullable or kind == "text":
                 return None
             return f"null was found; it is {column.declared} NOT NULL"
-        found = _KINDS[type(value)]
-        needed = f"{found} was found; it is {column.declared or 'of no declared type'}"
+        declared = column.declared or "of no declared type"
+        needed = f"{_KINDS[type(value)]} was found; it is {declared}"
         if type(value) not in self.holds[kind]:
             return needed
         if isinstance(value, str):
             if column.width is not None and len(value) > column.width:
-                return f"a text of {len(value)} characters was found; it is {column.declared}"
+                return f"a text of {len(value)} characters was found; it is {declared}"
             if (
                 (kind == "numeric" and _is_number(value))
                 or (kind == "uuid" and not _is_uuid(value))
                 or (kind == "time" and _time_or_none(value) is None)
             ):
-                return f"a text that it cannot hold unchanged was found; it is {column.declared}"
+                return f"a text that it cannot hold unchanged was found; it is {declared}"
             return None
         if kind == "integer" and isinstance(value, float) and not value.is_integer():
             return needed
         if (column.low is not None and value < column.low) or (
             column.high is not None and value > column.high
         ):
-            return f"a number out of its range was found; it is {column.declared}"
+            return f"a number out of its range was found; it is {declared}"
         return None
 
     # Loading rows -------------------------------------------------------------------------------

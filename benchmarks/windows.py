@@ -1,0 +1,366 @@
+"""
+One recognition window on a big table: what a plan costs beside the bare statement.
+
+Each of K visitors gets a user and an e-mail address in all of its rows of an interval, in a table
+of N rows with 15 columns. Each line is measured from an equal copy of the file, commit included:
+
+floor        the bare ``UPDATE .. FROM`` with the same criteria, its stage loaded beforehand
+plan         from messages to steps; no database
+apply        stage, look at the ledger, the statement, note it in the ledger
+ours         both; the target is at most 1.3 times the floor
+by version   the same, where each row has its version and no ledger is kept
+again        the same plan applied a second time, which changes nothing
+one by one   one ``UPDATE`` for each of some visitors, in one transaction, scaled up to K
+
+The ratio is the median of the rounds' ratios, because a round's measurements share its noise.
+
+Run it with ``python benchmarks/windows.py``; ``--rows 100000 --visitors 500`` is a small one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import duckdb
+
+from recognition.messages import Between, Empty, Equals, UpdateByCriteria
+from recognition.planner import plan_updates
+from recognition.sinks import open_sink
+
+START = datetime(2026, 1, 1)
+DAYS = 90
+PER_VISITOR = 20
+TARGET = 1.3
+
+COLUMNS = {
+    "message_id": "TEXT PRIMARY KEY",
+    "type": "TEXT",
+    "anonymous_id": "TEXT",
+    "user_id": "TEXT",
+    "timestamp": "TIMESTAMP",
+    "context_traits_email": "TEXT",
+    "recognition_version": "BIGINT",
+    "name": "TEXT",
+    "url": "TEXT",
+    "referrer": "TEXT",
+    "user_agent": "TEXT",
+    "country": "TEXT",
+    "amount": "DOUBLE PRECISION",
+    "quantity": "BIGINT",
+    "campaign": "TEXT",
+}
+
+STAGE = (
+    "CREATE TEMP TABLE s AS SELECT anonymous_id, user_id, context_traits_email AS email,"
+    " timestamp AS lower, timestamp AS upper FROM events WHERE 1 = 0"
+)
+FLOOR = (
+    "UPDATE events SET user_id = s.user_id, context_traits_email = s.email FROM s"
+    " WHERE events.anonymous_id = s.anonymous_id AND events.user_id IS NULL"
+    " AND events.timestamp >= s.lower AND events.timestamp < s.upper"
+)
+ONE = (
+    "UPDATE events SET user_id = ?, context_traits_email = ? WHERE anonymous_id = ?"
+    " AND user_id IS NULL AND timestamp >= ? AND timestamp < ?"
+)
+
+
+class Sqlite:
+    """The table in SQLite: times as the library's ``load`` stores them, the device indexed."""
+
+    name = "sqlite"
+    version = sqlite3.sqlite_version
+    sample = 1_000
+
+    @contextmanager
+    def connect(self, path: Path) -> Iterator[Any]:
+        with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            connection.execute("PRAGMA temp_store = MEMORY")
+            yield connection
+
+    def build(self, path: Path, rows: int) -> None:
+        with self.connect(path) as connection:
+            connection.execute("PRAGMA synchronous = OFF")
+            connection.execute("BEGIN")
+            connection.execute(_create_table().replace(" TIMESTAMP,", " TEXT,"))
+            marks = ", ".join("?" * len(COLUMNS))
+            connection.executemany(f"INSERT INTO events VALUES ({marks})", _rows(rows))
+            connection.execute("CREATE INDEX events_anonymous_id ON events (anonymous_id)")
+            connection.execute("COMMIT")
+
+    def stage(self, connection: Any, rows: Sequence[tuple[Any, ...]]) -> None:
+        connection.execute(STAGE)
+        connection.executemany("INSERT INTO s VALUES (?, ?, ?, ?, ?)", rows)
+
+    def time(self, moment: datetime) -> object:
+        return moment.isoformat(sep=" ", timespec="microseconds")
+
+
+class Duckdb:
+    """The table in DuckDB: no index but that of the primary key."""
+
+    name = "duckdb"
+    version = duckdb.__version__
+    sample = 10
+
+    @contextmanager
+    def connect(self, path: Path) -> Iterator[Any]:
+        with duckdb.connect(path) as connection:
+            yield connection
+
+    def build(self, path: Path, rows: int) -> None:
+        visitors = rows // PER_VISITOR
+        step = DAYS * 86_400_000_000 // rows
+        with self.connect(path) as connection:
+            connection.execute(_create_table())
+            connection.execute(
+                "INSERT INTO events SELECT printf('%032x', i), 'page',"
+                f" 'anon-' || printf('%012x', (i * 7919) % {visitors}), NULL,"
+                f" TIMESTAMP '{START}' + to_microseconds(i * {step}), NULL, NULL,"
+                " 'Product Viewed', 'https://shop.example.com/shoes/trail/' || (i % 1000),"
+                " 'https://search.example.com/?q=' || (i % 100),"
+                " 'Mozilla/5.0 (X11; Linux x86_64; rv:146.0) Gecko/20100101 Firefox/146.0',"
+                f" 'DE', (i % 9999) / 100.0, i % 7, NULL FROM range({rows}) t(i)"
+            )
+
+    def stage(self, connection: Any, rows: Sequence[tuple[Any, ...]]) -> None:
+        connection.execute(STAGE)
+        types = ("VARCHAR", "VARCHAR", "VARCHAR", "TIMESTAMP", "TIMESTAMP")
+        lists = ", ".join(f"unnest(CAST(? AS {each}[]))" for each in types)
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        connection.execute(f"INSERT INTO s SELECT {lists}", columns)
+
+    def time(self, moment: datetime) -> object:
+        return moment
+
+
+Engine = Sqlite | Duckdb
+
+
+def _create_table() -> str:
+    return f"CREATE TABLE events ({', '.join(f'{name} {kind}' for name, kind in COLUMNS.items())})"
+
+
+def _rows(rows: int) -> Iterator[tuple[object, ...]]:
+    visitors = rows // PER_VISITOR
+    step = timedelta(microseconds=DAYS * 86_400_000_000 // rows)
+    agent = "Mozilla/5.0 (X11; Linux x86_64; rv:146.0) Gecko/20100101 Firefox/146.0"
+    moment = START
+    for i in range(rows):
+        yield (
+            f"{i:032x}",
+            "page",
+            _device(i * 7919 % visitors),
+            None,
+            moment.isoformat(sep=" ", timespec="microseconds"),
+            None,
+            None,
+            "Product Viewed",
+            f"https://shop.example.com/shoes/trail/{i % 1000}",
+            f"https://search.example.com/?q={i % 100}",
+            agent,
+            "DE",
+            i % 9999 / 100,
+            i % 7,
+            None,
+        )
+        moment += step
+
+
+def _device(visitor: int) -> str:
+    return f"anon-{visitor:012x}"
+
+
+def _chosen(rows: int, visitors: int) -> list[tuple[str, str, str, datetime, datetime]]:
+    """Device, user, e-mail, and an interval of its own that holds all of its rows."""
+    everyone = rows // PER_VISITOR
+    return sorted(
+        (
+            _device(visitor),
+            f"user-{visitor:08d}",
+            f"user-{visitor:08d}@example.com",
+            START - timedelta(seconds=visitor % 1000),
+            START + timedelta(days=DAYS, seconds=visitor % 1000),
+        )
+        for visitor in range(0, everyone, everyone // visitors)
+    )[:visitors]
+
+
+def _updates(
+    chosen: Iterable[tuple[str, str, str, datetime, datetime]], versioned: bool
+) -> list[UpdateByCriteria]:
+    found = []
+    for sequence, (device, user, email, lower, upper) in enumerate(chosen, start=1):
+        values: dict[str, Any] = {"user_id": user, "context_traits_email": email}
+        if versioned:
+            values["recognition_version"] = sequence
+        where = (
+            Equals(column="anonymous_id", value=device),
+            Empty(column="user_id"),
+            Between(
+                column="timestamp",
+                start=lower.replace(tzinfo=UTC),
+                end=upper.replace(tzinfo=UTC),
+            ),
+        )
+        found.append(
+            UpdateByCriteria(
+                id=f"{sequence:032x}",
+                workspace="w1",
+                table="events",
+                set=values,
+                where=where,
+                sequence=sequence,
+                expected_rows=PER_VISITOR,
+                created_at=START.replace(tzinfo=UTC),
+            )
+        )
+    return found
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    gc.collect()
+    started = perf_counter()
+    work()
+    return perf_counter() - started
+
+
+def _run_floor(engine: Engine, path: Path, chosen: Sequence[Any]) -> float:
+    staged = [
+        (device, user, email, engine.time(lower), engine.time(upper))
+        for device, user, email, lower, upper in chosen
+    ]
+    with engine.connect(path) as connection:
+        engine.stage(connection, staged)
+
+        def work() -> None:
+            connection.execute("BEGIN")
+            connection.execute(FLOOR)
+            connection.execute("COMMIT")
+
+        return _timed(work)
+
+
+def _run_ours(engine: Engine, path: Path, updates: Sequence[UpdateByCriteria]) -> dict[str, float]:
+    with closing(open_sink(f"{engine.name}:///{path}")) as sink:
+        plans = []
+        plan = _timed(lambda: plans.append(plan_updates(updates)))
+        reports = []
+        apply = _timed(lambda: reports.append(sink.apply(plans[0])))
+        again = _timed(lambda: reports.append(sink.apply(plans[0])))
+        found = [report.rows_changed for report in reports]
+        assert found == [len(updates) * PER_VISITOR, 0], found
+        assert reports[1].rows_matched == found[0]
+    return {"plan": plan, "apply": apply, "ours": plan + apply, "again": again}
+
+
+def _run_one_by_one(engine: Engine, path: Path, chosen: Sequence[Any]) -> float:
+    sample = chosen[:: max(1, len(chosen) // engine.sample)][: engine.sample]
+    with engine.connect(path) as connection:
+
+        def work() -> None:
+            connection.execute("BEGIN")
+            for device, user, email, lower, upper in sample:
+                span = (engine.time(lower), engine.time(upper))
+                connection.execute(ONE, (user, email, device, *span))
+            connection.execute("COMMIT")
+
+        return _timed(work) * len(chosen) / len(sample)
+
+
+def measure(engine: Engine, rows: int, visitors: int, rounds: int, folder: Path) -> dict[str, Any]:
+    """The median of each measurement, in seconds, and of its ratio to the floor."""
+    base, copy = folder / f"base.{engine.name}", folder / f"copy.{engine.name}"
+    engine.build(base, rows)
+    chosen = _chosen(rows, visitors)
+    by_ledger, by_version = _updates(chosen, False), _updates(chosen, True)
+
+    def fresh() -> Path:
+        shutil.copyfile(base, copy)
+        return copy
+
+    found: dict[str, list[float]] = {}
+    ratios: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        once = {"floor": _run_floor(engine, fresh(), chosen)}
+        once.update(_run_ours(engine, fresh(), by_ledger))
+        once["by version"] = _run_ours(engine, fresh(), by_version)["ours"]
+        once["one by one"] = _run_one_by_one(engine, fresh(), chosen)
+        for name, seconds in once.items():
+            found.setdefault(name, []).append(seconds)
+            ratios.setdefault(name, []).append(seconds / once["floor"])
+    size = base.stat().st_size
+    base.unlink()
+    copy.unlink()
+    return {
+        "engine": engine.name,
+        "version": engine.version,
+        "rows": rows,
+        "visitors": visitors,
+        "rows_changed": visitors * PER_VISITOR,
+        "file_bytes": size,
+        "rounds": rounds,
+        "one_by_one_sample": min(engine.sample, visitors),
+        "seconds": {name: median(each) for name, each in found.items()},
+        "ratio": {name: median(each) for name, each in ratios.items()},
+        "target": TARGET,
+        "met": median(ratios["ours"]) <= TARGET,
+    }
+
+
+def main() -> int:
+    """Measure, and print a table or JSON; 0 also when the target is missed, it is said."""
+    parser = argparse.ArgumentParser(description="One recognition window on a big table.")
+    parser.add_argument("--rows", type=int, default=2_000_000)
+    parser.add_argument("--visitors", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--engines", default="sqlite,duckdb")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    if not 0 < options.visitors <= options.rows // PER_VISITOR:
+        parser.error(f"--visitors is at most --rows / {PER_VISITOR}")
+    known: dict[str, Engine] = {"sqlite": Sqlite(), "duckdb": Duckdb()}
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.engines.split(","):
+            results.append(
+                measure(known[name], options.rows, options.visitors, options.rounds, Path(folder))
+            )
+            if not options.json:
+                _print_table(results[-1])
+    if options.json:
+        print(json.dumps({"python": platform.python_version(), "results": results}, indent=2))
+    return 0
+
+
+def _print_table(result: dict[str, Any]) -> None:
+    print(
+        f"{result['engine']} {result['version']}: {result['visitors']:,} visitors,"
+        f" {result['rows_changed']:,} of {result['rows']:,} rows,"
+        f" {result['file_bytes'] / 1e6:,.0f} MB, median of {result['rounds']}"
+    )
+    for name, seconds in result["seconds"].items():
+        note = ""
+        if name == "ours":
+            note = f"  target {TARGET}: {'met' if result['met'] else 'MISSED'}"
+        if name == "one by one":
+            note = f"  scaled up from {result['one_by_one_sample']:,} visitors"
+        print(f"  {name:<12}{seconds:>10.3f} s{result['ratio'][name]:>9.2f} x{note}")
+    print(flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
