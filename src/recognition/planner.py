@@ -310,7 +310,7 @@ class _Piece(NamedTuple):
     row: StagedRow
 
 
-def _read(update: UpdateByCriteria) -> Iterator[_Piece]:
+def _read(update: UpdateByCriteria) -> list[_Piece]:
     """One piece per key value and message; none when the criteria contradict each other."""
     columns = tuple(sorted(update.set))
     if VERSION_COLUMN in update.set:
@@ -337,40 +337,43 @@ def _read(update: UpdateByCriteria) -> Iterator[_Piece]:
             if criterion.column in intervals:
                 earlier = intervals[criterion.column]
                 start, end = max(start, earlier[0]), min(end, earlier[1])
+                if start >= end:
+                    return []
             intervals[criterion.column] = (start, end)
         else:
             messages = criterion
-    if any(start >= end for start, end in intervals.values()):
-        return
+    named = None
     refs: dict[str, int] = {}
     if messages is not None:
+        named = (messages.id_column, messages.time_column)
         refs = {ref: _microseconds(time) for ref, time in messages.refs}
         _narrow(allowed, messages.id_column, tuple(refs))
-    # The key is a column that no update of this kind writes to, and a device rather than a message.
-    id_column = None if messages is None else messages.id_column
-    equals = tuple(sorted(allowed, key=lambda column: (column in update.set, column == id_column)))
-    named = None if messages is None else (messages.id_column, messages.time_column)
+    equals = tuple(allowed)
+    if len(equals) > 1:
+        # The key is a column that the update does not write, and a device rather than a message.
+        id_column = named and named[0]
+        equals = tuple(sorted(equals, key=lambda c: (c in update.set, c == id_column)))
     times = tuple(sorted(intervals))
     shape = _shape(update.table, columns, equals, tuple(sorted(empty)), times, named)
-    staged = tuple(intervals[column] for column in shape.times)
-    values = tuple(update.set[column] for column in columns)
-    id_place = -1 if id_column is None else equals.index(id_column)
+    staged = tuple([intervals[column] for column in times])
+    values = tuple([update.set[column] for column in columns])
     expected = update.expected_rows
-    for wanted in product(*(allowed[column] for column in equals)):
-        yield _Piece(
-            shape,
-            StagedRow(
-                update.id,
-                update.workspace,
-                wanted,
-                staged,
-                refs[str(wanted[id_place])] if messages is not None else None,
-                values,
-                update.sequence,
-                expected,
-            ),
+    pieces = []
+    for wanted in product(*[allowed[column] for column in equals]):
+        time = None if named is None else refs[str(wanted[equals.index(named[0])])]
+        row = StagedRow(
+            update.id,
+            update.workspace,
+            wanted,
+            staged,
+            time,
+            values,
+            update.sequence,
+            expected,
         )
+        pieces.append(_Piece(shape, row))
         expected = None if expected is None else 0
+    return pieces
 
 
 @lru_cache(maxsize=1024)  # a window has few shapes and many updates
@@ -424,9 +427,13 @@ _Readers = Mapping[tuple[str, object], tuple[int, str]]
 
 def _arrange(pieces: list[_Piece]) -> Iterator[tuple[int, _Piece]]:
     """What is left of the pieces of one table, each with its level."""
-    by_key: dict[tuple[str, object], list[_Piece]] = defaultdict(list)
+    by_key: dict[tuple[str, object], list[_Piece]] = {}
     for piece in pieces:
-        by_key[piece.shape.key, distinguish(piece.row.equals[0])].append(piece)
+        key = (piece.shape.equals[0], distinguish(piece.row.equals[0]))
+        if key in by_key:
+            by_key[key].append(piece)
+        else:
+            by_key[key] = [piece]
     shapes = list({id(piece.shape): piece.shape for piece in pieces}.values())
     written = {column for shape in shapes for column in shape.columns}
     if any(not written.isdisjoint(shape.equals) for shape in shapes):

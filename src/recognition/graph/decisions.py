@@ -215,6 +215,8 @@ class _Decision:
         self._tables: set[str] | None = None
         self._after: dict[int, Owner] = {}
         self._links: list[tuple[int, set[int], list[StoredLink]]] = []
+        # What the traits of a person (by its canonical handle) were, where this batch changed them.
+        self._old_traits: dict[int, tuple[str | int | float | bool | None, ...]] = {}
         self._now = datetime.now(UTC)
 
     # ---------------------------------------------------------------- a batch of events
@@ -286,9 +288,9 @@ class _Decision:
         persons = self._join(handles, known, lowered, links)
         devices = self._devices(ranges, claims, living)
         new_claims = self._new_claims(devices, claims, handles)
-        latest_traits, told = self._new_traits(traits, handles)
+        told = self._learn_traits(traits, handles)
         fallback = next((o.message_id for o in living if o.known), None)
-        self._carry_out(devices, new_claims, persons, latest_traits, told, fallback)
+        self._carry_out(devices, new_claims, persons, told, fallback)
 
         owners = self._owners(living, devices, handles)
         if not rules.stamps:
@@ -421,28 +423,36 @@ class _Decision:
                     persons[handle] = decision
         return persons
 
-    def _new_traits(
+    def _learn_traits(
         self, traits: Mapping[Identifier, Mapping[str, Trait]], handles: Mapping[Identifier, int]
-    ) -> tuple[dict[int, dict[str, Trait]], set[int]]:
-        """The traits that are later than those held, by handle, and whose say something new."""
+    ) -> set[int]:
+        """Write what is later than the traits held; gives the identifiers whose person changed."""
         if not traits:
-            return {}, set()
-        held = self._store.traits([handles[identifier] for identifier in traits])
+            return set()
+        store = self._store
+        held = store.traits([handles[identifier] for identifier in traits])
         newer: dict[int, dict[str, Trait]] = {}
-        told: set[int] = set()
         for identifier, found in traits.items():
-            handle = handles[identifier]
-            later = {
-                name: trait
-                for name, trait in found.items()
-                if name not in held.get(handle, {}) or trait > held[handle][name]
-            }
-            before = held.get(handle, {})
+            before = held.get(handles[identifier], {})
+            later = {n: t for n, t in found.items() if n not in before or t > before[n]}
             if later:
-                newer[handle] = {**before, **later}
-            if any(n not in before or before[n].value != t.value for n, t in later.items()):
-                told.add(handle)
-        return newer, told
+                newer[handles[identifier]] = {**before, **later}
+        old = self._owners_of(newer)
+        store.put_traits(newer)
+        told = {h for h, owner in self._owners_of(newer).items() if owner != old[h]}
+        for handle, (_, known) in store.held(told).items():
+            self._old_traits[known.canonical] = old[handle].traits
+        return told
+
+    def _owners_before(self, handles: Collection[int]) -> dict[int, Owner]:
+        """What the rows of these identifiers held before this batch."""
+        before = self._owners_of(handles)
+        if self._old_traits:
+            for handle, (_, known) in self._store.held(handles).items():
+                if known.canonical in self._old_traits:
+                    traits = self._old_traits[known.canonical]
+                    before[handle] = before[handle]._replace(traits=traits)
+        return before
 
     def _owners_of(self, handles: Iterable[int]) -> dict[int, Owner]:
         """What the rows of these identifiers hold, as the store stands now."""
@@ -518,7 +528,7 @@ class _Decision:
             else 0
         )
         windows = {
-            held.handle: (ranges[value][0], ranges[value][1] + reach)
+            held.handle: (ranges[value][0], min(ranges[value][1] + reach, END))
             for value, held in known.items()
             if held.claimed
         }
@@ -573,11 +583,10 @@ class _Decision:
         devices: dict[str, _Device],
         new_claims: Mapping[str, list[Claim]],
         persons: Mapping[int, tuple[int, int]],
-        traits: Mapping[int, Mapping[str, Trait]],
         told: Collection[int],
         fallback: str | None,
     ) -> None:
-        """Write claims, persons and traits, and emit what their rows need."""
+        """Write claims and persons, and emit what their rows need."""
         store = self._store
         moved = self._moved(persons, told)
         elsewhere = store.claimed_by(moved) if moved else set()
@@ -610,13 +619,11 @@ class _Decision:
             if isinstance(claim.owner, int)
         }
         concerned |= moved
-        before = self._owners_of(concerned) if concerned else {}
+        before = self._owners_before(concerned)
         for component, absorbed, links in self._links:
             store.put_links(component, absorbed, links)
         if persons:
             store.set_persons(persons)
-        if traits:
-            store.put_traits(traits)
         if new_claims:
             store.add_claims({v: (devices[v].handle, claims) for v, claims in new_claims.items()})
         if moved or touched:
@@ -870,7 +877,7 @@ class _Decision:
             old = present.get(key, StoredLink(*key, END, "", True, ""))
             parted.append(old._replace(unlinked=True))
         persons = self._regroup(stored, parted, component_of)
-        self._carry_out({}, {}, persons, {}, (), None)
+        self._carry_out({}, {}, persons, (), None)
 
     def _unlink_device(self, anonymous_id: str, identifier: Identifier) -> None:
         known = self._store.identifiers({identifier})
@@ -994,9 +1001,9 @@ class _Decision:
             for table in tables:
                 if self._rules.keeps_references(table):
                     referenced.setdefault(table, {}).update(refs)
-        for table, found in referenced.items():
+        for table, found in sorted(referenced.items()):
             self._emit_device(table, timeline, anonymous_id, found, old, new, cause, whole=True)
-        for table in self._known_tables():
+        for table in sorted(self._known_tables()):
             if not self._rules.keeps_references(table):
                 self._emit_range(table, timeline, anonymous_id, change, new, cause)
 
@@ -1014,13 +1021,13 @@ class _Decision:
         for tables, refs in self._store.references(-handle, BEGINNING, END).items():
             for table in tables:
                 referenced.setdefault(table, {}).update(refs)
-        for table, found in referenced.items():
+        for table, found in sorted(referenced.items()):
             self._emit_messages(table, found, new, cause)
         if not self._rules.has_own_column or identifier.type != USER_ID:
             return
         if known.seen.only_previous:
             return
-        for table in self._known_tables():
+        for table in sorted(self._known_tables()):
             columns = self._rules.layout.columns_of(table)
             criteria: list[Criterion] = [
                 Equals(column=columns.user_id, value=identifier.value),

@@ -182,10 +182,13 @@ class SqliteGraph(StoredGraph):
 
     def _prepare(self) -> None:
         connection = self._connection
-        application = connection.execute("PRAGMA application_id").fetchone()[0]
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        # One look at one moment: another process may be making the graph just now.
+        connection.execute("BEGIN")
+        tables = self._count("SELECT count(*) FROM sqlite_master")
+        application = self._count("PRAGMA application_id")
+        version = self._count("PRAGMA user_version")
+        connection.execute("COMMIT")
         if application != APPLICATION_ID:
-            tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
             if tables or application:
                 raise GraphSchemaError(
                     "the file is a SQLite database, but no recognition graph; name another file."
@@ -781,30 +784,40 @@ class _SqliteStore:
                 self._seal(key, before)
                 joined[key] = packed
         rows = [(*key, packed) for key, packed in joined.items()]
-        changed = self._connection.executemany(_APPEND, rows).rowcount
-        if changed < len(rows):
-            self._start_chunks(rows)
+        # A part of which every row was taken needs no closer look; nearly all are such parts.
+        for start in range(0, len(rows), 50):
+            part = rows[start : start + 50]
+            if self._connection.executemany(_APPEND, part).rowcount < len(part):
+                self._start_chunks(part)
 
     def _start_chunks(self, rows: Iterable[tuple[int, int, int, bytes]]) -> None:
-        """Seal the open chunks that are full, and put what they did not take into new ones."""
+        """Put what the open chunks did not take, because they are full, into new ones."""
         for subject, day, slot, packed in rows:
             open_chunk = self._connection.execute(
                 "SELECT packed FROM refs WHERE subject = ? AND day = ? AND slot = ? AND chunk = 0",
                 (subject, day, slot),
             ).fetchone()[0]
-            if packed in open_chunk:
+            # Bytes that look alike prove nothing: they may begin in the middle of a reference.
+            held = set(_unpack(slot % 3, open_chunk, day * DAY))
+            new = [ref for ref in _unpack(slot % 3, packed, day * DAY) if ref not in held]
+            if not new:
                 continue
-            self._seal((subject, day, slot), open_chunk)
+            rest = b"".join(_pack(message_id, at)[2] for message_id, at in new)
+            if len(open_chunk) + len(rest) > _CHUNK:
+                self._seal((subject, day, slot), open_chunk)
+                open_chunk = b""
             self._connection.execute(
                 "UPDATE refs SET packed = ? WHERE subject = ? AND day = ? AND slot = ?"
                 " AND chunk = 0",
-                (packed, subject, day, slot),
+                (open_chunk + rest, subject, day, slot),
             )
 
     def _seal(self, key: tuple[int, int, int], packed: bytes) -> None:
         self._connection.execute(
             "INSERT INTO refs SELECT ?1, ?2, ?3, 1 + coalesce((SELECT max(chunk) FROM refs"
-            " WHERE subject = ?1 AND day = ?2 AND slot = ?3), 0), ?4",
+            " WHERE subject = ?1 AND day = ?2 AND slot = ?3), 0), ?4 WHERE NOT EXISTS (SELECT 1"
+            " FROM refs WHERE subject = ?1 AND day = ?2 AND slot = ?3 AND chunk > 0"
+            " AND packed = ?4)",
             (*key, packed),
         )
 
@@ -902,7 +915,7 @@ UNION ALL SELECT time, message, identifier, until, soft FROM claims WHERE timeli
 """
 )
 
-# What is there already is not put there again (a batch that comes twice).
+# What may be there already, or does not fit, is left for a closer look.
 _APPEND = f"""
 INSERT INTO refs VALUES (?, ?, ?, 0, ?)
 ON CONFLICT DO UPDATE SET packed = CAST(packed || excluded.packed AS BLOB)
