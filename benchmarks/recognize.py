@@ -35,7 +35,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from recognition import (
     Recognizer,
@@ -46,6 +48,8 @@ from recognition import (
     open_graph,
     parse_event,
 )
+
+_Result = TypeVar("_Result")
 
 BATCH = 1_000
 START = datetime(2026, 1, 1, tzinfo=UTC).timestamp() * 1000
@@ -107,9 +111,7 @@ def run_floor(lines: list[str], folder: Path, *, keyed: bool) -> None:
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = NORMAL")
     key = ", PRIMARY KEY (anonymous_id, time, message_id)) WITHOUT ROWID" if keyed else ")"
-    connection.execute(
-        f"CREATE TABLE events (anonymous_id, time INTEGER, message_id, user_id{key}"
-    )
+    connection.execute(f"CREATE TABLE events (anonymous_id, time INTEGER, message_id, user_id{key}")
     for batch in batches(lines):
         rows = []
         for line in batch:
@@ -151,7 +153,7 @@ def run_ours(lines: list[str], folder: Path, references: References) -> dict[str
     }
 
 
-def timed(work: Callable[[], object]) -> tuple[float, float, object]:
+def timed(work: Callable[[], _Result]) -> tuple[float, float, _Result]:
     gc.collect()
     wall, cpu = time.perf_counter(), time.process_time()
     result = work()
@@ -206,10 +208,10 @@ def main() -> None:
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            heap_cpu, _, _ = timed(lambda: run_floor(lines, folder, keyed=False))
-            floor_cpu, _, _ = timed(lambda: run_floor(lines, folder, keyed=True))
-            cpu, wall, result = timed(lambda: run_ours(lines, folder, References.IDS))
-            stored = result  # type: ignore[assignment]
+            heap_cpu, _, _ = timed(partial(run_floor, lines, folder, keyed=False))
+            floor_cpu, _, _ = timed(partial(run_floor, lines, folder, keyed=True))
+            cpu, wall, result = timed(partial(run_ours, lines, folder, References.IDS))
+            stored = result
             bare = run_ours(lines, folder, References.NONE)
             floors.append(len(lines) / floor_cpu)
             ours.append(len(lines) / cpu)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from recognition.events import Event, Identifier
 
@@ -35,11 +36,10 @@ class Oracle:
         ]
 
     def known(self, event: Event) -> list[tuple[str, str]]:
-        """The same; none where one of them was forgotten."""
+        """The same without those that were forgotten; none where the strongest one was."""
         found = self.named(event)
-        if any(self.forgotten.get(identifier, -1) >= event.time for identifier in found):
-            return []
-        return found
+        left = [i for i in found if self.forgotten.get(i, -1) < event.time]
+        return left if left[:1] == found[:1] else []
 
     def is_forgotten(self, event: Event) -> bool:
         return bool(event.known) and not self.known(event)
@@ -58,7 +58,7 @@ class Oracle:
             previous_id = event.previous_id if event.previous_id != event.anonymous_id else None
             if known and previous_id and ("user_id", previous_id) != known[0]:
                 previous = ("user_id", previous_id)
-                if self.forgotten.get(previous, -1) < 0:
+                if self.forgotten.get(previous, -1) < event.time:
                     seen = (True, event.time, event.message_id)
                     first[previous] = min(first.get(previous, seen), seen)
                     pairs.append((True, frozenset((known[0], previous))))
@@ -104,7 +104,7 @@ class Oracle:
             who: tuple[str, str] | None = known[0] if known else None
             until = None
             if who is None:
-                until = max(self.forgotten.get(i, -1) for i in self.named(event))
+                until = self.forgotten[self.named(event)[0]]
             elif frozenset((("anonymous_id", device), who)) in self.unlinked:
                 continue
             elif event.time <= self.released.get(device, -1):
@@ -190,4 +190,4 @@ def once(events: Iterable[Event]) -> list[Event]:
 def batches(events: Sequence[Event], borders: Collection[int]) -> list[Sequence[Event]]:
     """The events cut at these positions."""
     cuts = [0, *sorted({border for border in borders if 0 < border < len(events)}), len(events)]
-    return [events[low:high] for low, high in zip(cuts, cuts[1:], strict=False)]
+    return [events[low:high] for low, high in pairwise(cuts)]

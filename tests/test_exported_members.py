@@ -55,6 +55,7 @@ PUBLIC = [
     "UnknownSchemeError",
     "UnsupportedPolicyError",
     "UpdateByCriteria",
+    "ValueRefusedError",
     "__version__",
     "deliver",
     "installed_schemes",

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from oracle import make_event
 from recognition.graph import Graph, open_graph
+from recognition.recognizer import Recognizer
+from recognition.rules import Rules
 from recognition.testing import GraphTests
 
 
@@ -55,3 +58,21 @@ class TestRehearsal(GraphTests):
         yield graph
         graph.close()
         below.close()
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=TypeError,
+    reason="traits are compared as (time, message id, value); two types have no order",
+)
+@pytest.mark.parametrize("url", ["memory:", "sqlite:///:memory:"])
+def test_message_may_come_again_with_a_trait_of_another_type(url: str) -> None:
+    """A message whose trait was a number, and is text when it comes again, stops nobody."""
+    with open_graph(url) as graph:  # type: ignore[attr-defined]
+        recognizer = Recognizer(graph, Rules(traits=("plan",)))
+        for plan in (1, "pro", 2.5, True):
+            done = recognizer.process(
+                [make_event("c", 1, "d1", user_id="u1", traits={"plan": plan})]
+            )
+
+        assert done.owners[0] is not None

@@ -24,6 +24,7 @@ from recognition.errors import (
     TableError,
     UnknownSchemeError,
     UnsupportedPolicyError,
+    ValueRefusedError,
 )
 from recognition.events import Event, Format, Identifier, Reject, parse_event, read_events
 from recognition.graph import Explanation, Graph, GraphStats, Owner, Receipt, open_graph
@@ -99,6 +100,7 @@ __all__ = [
     "UnknownSchemeError",
     "UnsupportedPolicyError",
     "UpdateByCriteria",
+    "ValueRefusedError",
     "__version__",
     "deliver",
     "installed_schemes",

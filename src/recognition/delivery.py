@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from recognition.errors import RecognitionError
+from recognition.errors import RecognitionError, TableError, ValueRefusedError
 from recognition.graph import Graph
 from recognition.planner import Plan, plan_updates
 from recognition.sinks import Applied, Sink
@@ -58,9 +58,12 @@ def deliver(
     Raises:
         SinkError: A sink failed. Windows before are done; this one went back to the outbox, and
             is whole or absent in each sink that has transactions.
+        TableError: A table is missing or cannot take what is set. All other updates are applied;
+            those of this table are in the outbox again.
     """
     targets = list(sinks) if isinstance(sinks, Sequence) else [sinks]
     total = Delivered()
+    waiting: dict[int, TableError] = {}
     while leased := graph.lease_updates(window, lease):
         positions = {item.update.id: item.position for item in leased}
         plan = plan_updates([item.update for item in leased])
@@ -79,11 +82,22 @@ def deliver(
             _log.warning("window returned: %d updates, %s", len(leased), type(exc).__name__)
             raise
         for update_id, error in refused.items():
-            graph.return_updates([positions[update_id]], str(error), dead=True)
+            if isinstance(error, TableError) and not isinstance(error, ValueRefusedError):
+                # Leased until the end, so that it does not come again and again.
+                waiting[positions[update_id]] = error
+            else:
+                total.rejected.append((update_id, error))
+                graph.return_updates([positions[update_id]], str(error), dead=True)
         done = [position for update_id, position in positions.items() if update_id not in refused]
         graph.acknowledge(done)
         total.updates += len(done)
         total.windows += 1
-        total.rejected.extend(refused.items())
-        _log.info("window done: %d updates, %d rejected", len(done), len(refused))
+        _log.info("window done: %d updates, %d refused", len(done), len(refused))
+    if waiting:
+        graph.return_updates(waiting, "TableError", dead=False)
+        raise TableError(
+            f"{next(iter(waiting.values()))}. {len(waiting):,} updates wait for it in the outbox;"
+            f" {total.updates:,} others were applied",
+            written=bool(total.updates),
+        )
     return total

@@ -7,7 +7,7 @@ Every error that this library raises, drawn as a tree.
     ├── ConfigurationError          a setting, URL or combination of them is wrong
     │   ├── UnknownSchemeError      no graph or sink is installed for the URL's scheme
     │   ├── MissingDependencyError  the driver of a part is not installed (names the command)
-    │   └── UnsupportedPolicyError  the table cannot support the attribution policy (says what to add)
+    │   └── UnsupportedPolicyError  the table cannot support the policy (says what to add)
     ├── InputError                  what was handed in is wrong; the rest of the batch goes on
     │   ├── EventError              an event cannot be read: goes to the rejects
     │   └── MessageError            an update message is malformed, foreign or unbounded
@@ -18,7 +18,8 @@ Every error that this library raises, drawn as a tree.
     └── SinkError                   the destination failed
         ├── SinkUnavailableError    it cannot be reached, is locked or went away
         ├── SinkReadOnlyError       it may be read but not written
-        ├── TableError              table or column missing, of the wrong type, or too narrow
+        ├── TableError              table or column missing, a view, or of the wrong type
+        │   └── ValueRefusedError   the table is right, but one value does not fit its column
         └── OutcomeUnknownError     the connection went before the answer: it may have happened
 
 Each class answers two questions, as attributes of the error:
@@ -111,7 +112,11 @@ class SinkReadOnlyError(SinkError):
 
 
 class TableError(SinkError):
-    """A table or a column is missing, of the wrong type, or too narrow."""
+    """A table or a column is missing, or is nothing that can be set. Somebody has to mend it."""
+
+
+class ValueRefusedError(TableError):
+    """One value is too long for its column, or of another type. The table may stay as it is."""
 
 
 class OutcomeUnknownError(SinkError):

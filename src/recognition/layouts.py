@@ -12,14 +12,13 @@ The built-in ones are Jitsu's data layouts, as its Bulker destination writes the
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
 
 from recognition.errors import ConfigurationError
 from recognition.events import Event
-
+from recognition.messages import to_text
 
 #: A row by column; times are microseconds since 1970-01-01 UTC.
 Row: TypeAlias = dict[str, str | int | float | bool | None]
@@ -99,8 +98,8 @@ class Layout:
         """
         A new row of the event: its ids as the event gave them, its traits, its time.
 
-        The time is in microseconds since 1970-01-01 UTC. A user id that never identifies anybody
-        is passed through like any other.
+        The time is in microseconds since 1970-01-01 UTC, traits are text. A user id that never
+        identifies anybody is passed through like any other.
         """
         columns = self.columns_of(table)
         row: Row = {
@@ -116,7 +115,7 @@ class Layout:
         for trait, value in event.traits.items():
             column = columns.trait_column(trait)
             if column is not None and column not in row and _COLUMN.fullmatch(column):
-                row[column] = str(value) if isinstance(value, bool | int | float) else value
+                row[column] = to_text(value)
         return row
 
 
@@ -186,7 +185,7 @@ def single_table(name: str, table: str, columns: Columns) -> Layout:
 
 _COLUMN = re.compile(r"[^\W\d][\w$-]{0,62}")
 _WORD_START = re.compile(r"(?<=[A-Za-z0-9])(?=[A-Z])")
-_LOWER = str.maketrans(string.ascii_uppercase + " ", string.ascii_lowercase + "_")
+_LOWER = str.maketrans("ABCDEFGHIJKLMNOPQRSTUVWXYZ ", "abcdefghijklmnopqrstuvwxyz_")
 
 
 def snake_case(name: str) -> str:

@@ -201,6 +201,11 @@ class UpdateByCriteria(_Value):
         )
 
 
+def to_text(value: bool | int | float | str) -> str:
+    """How a value is written into a column of text: as JSON writes it, texts as they are."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def decide_id(
     workspace: str,
     table: str,

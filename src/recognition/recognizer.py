@@ -171,10 +171,11 @@ class Recognizer:
 
     def unlink(self, one: Identifier, other: Identifier) -> int:
         """
-        Part two identifiers for good, and take back the rows that they shared.
+        Take away the link between two identifiers for good, and the rows that they shared by it.
 
         Either both are known identifiers, or one is an ``anonymous_id``: then the device is taken
-        from the identifier. What is seen later does not join them again.
+        from the identifier. What is seen later does not link them again. They stay one person where
+        a third identifier is linked with both: `explain` shows the links.
 
         Returns:
             The number of updates emitted.

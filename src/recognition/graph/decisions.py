@@ -39,8 +39,8 @@ from recognition.attribution import (
     Change,
     Claim,
     Policy,
-    changes,
     ask,
+    changes,
     owner_at,
     spans,
 )
@@ -171,7 +171,9 @@ def recheck(store: Store, rules: Rules, receipt: Receipt) -> int:
 
 def unlink(store: Store, rules: Rules, one: Identifier, other: Identifier) -> int:
     """
-    Part two identifiers for good: neither what was seen nor what will be seen joins them again.
+    Part two identifiers for good: neither what was seen nor what will be seen links them again.
+
+    They stay one person where a third identifier links both.
 
     With an anonymous id and a known identifier, the device is taken from that identifier.
 
@@ -239,16 +241,17 @@ class _Decision:
         for given in observations:
             o = given
             if forgotten and o.known:
-                ends = [t for i in o.known if (t := forgotten.get(i, -1)) >= o.time]
-                if ends:
+                if (until := forgotten.get(o.known[0], -1)) >= o.time:
                     if o.anonymous_id is not None:
                         _widen(ranges, o.anonymous_id, o.time)
                         claims[o.anonymous_id].append(
-                            (o.time, o.message_id, None, max(ends), not o.names_user)
+                            (o.time, o.message_id, None, until, not o.names_user)
                         )
                     # Its row is its device's under some rules, and nobody's under all others.
                     device = o.anonymous_id if rules.identified_follow_device else None
                     o = o._replace(anonymous_id=device, known=(), as_seen=(), previous_id=None)
+                else:
+                    o = _without(o, forgotten)
             living.append(o)
             device = o.anonymous_id
             if device is not None:
@@ -281,7 +284,7 @@ class _Decision:
                 if trait in o.traits:
                     latest = Trait(o.time, o.message_id, o.traits[trait])
                     held = traits.setdefault(first, {})
-                    held[trait] = max(held.get(trait, latest), latest)
+                    held[trait] = max(held.get(trait, latest), latest, key=_rank)
 
         known = store.identifiers(identifiers) if identifiers else {}
         handles, lowered = self._remember(seen, known)
@@ -434,7 +437,11 @@ class _Decision:
         newer: dict[int, dict[str, Trait]] = {}
         for identifier, found in traits.items():
             before = held.get(handles[identifier], {})
-            later = {n: t for n, t in found.items() if n not in before or t > before[n]}
+            later = {
+                name: trait
+                for name, trait in found.items()
+                if name not in before or trait.rank > before[name].rank
+            }
             if later:
                 newer[handles[identifier]] = {**before, **later}
         old = self._owners_of(newer)
@@ -491,7 +498,7 @@ class _Decision:
             found = []
             for name in self._rules.traits:
                 candidates = [traits[h][name] for h in group if name in traits.get(h, {})]
-                found.append(max(candidates).value if candidates else None)
+                found.append(max(candidates, key=_rank).value if candidates else None)
             latest[person] = tuple(found)
         return {handle: latest[known.canonical] for handle, (_, known) in held.items()}
 
@@ -1231,6 +1238,23 @@ def _group(
     return list(groups.values())
 
 
+def _without(o: Observation, forgotten: Mapping[Identifier, int]) -> Observation:
+    """The observation without what was forgotten of it; its strongest identifier was not."""
+    left = [
+        (identifier, value)
+        for identifier, value in zip(o.known, o.as_seen, strict=True)
+        if forgotten.get(identifier, -1) < o.time
+    ]
+    previous = o.previous_id
+    if previous is not None and forgotten.get(Identifier(USER_ID, previous), -1) >= o.time:
+        previous = None
+    return o._replace(
+        known=tuple(identifier for identifier, _ in left),
+        as_seen=tuple(value for _, value in left),
+        previous_id=previous,
+    )
+
+
 def _widen(ranges: dict[str, tuple[int, int]], key: str, time: int) -> None:
     low, high = ranges.get(key, (time, time))
     ranges[key] = (min(low, time), max(high, time))
@@ -1259,6 +1283,10 @@ def _around(start: int, end: int, holes: Sequence[int]) -> Iterable[tuple[int, i
         start = max(start, hole + 1)
     if start < end:
         yield start, end
+
+
+def _rank(trait: Trait) -> tuple[int, str, str, str]:
+    return trait.rank
 
 
 def _owner(value: Hashable | None) -> Owner | None:

@@ -156,10 +156,12 @@ def _explain_device(store: Store, rules: Rules, value: str) -> Explanation:
         )
     claims = store.claims({timeline.handle: (BEGINNING, END)}).get(timeline.handle, [])
     owners = _canonical(store, claims)
-    found = [
-        SpanReason(start=start, end=end, owner=_name(owners, owner))
-        for start, end, owner in spans(claims, rules.attribution)
-    ]
+    found: list[SpanReason] = []
+    for start, end, owner in spans(claims, rules.attribution):
+        name = _name(owners, owner)
+        if found and found[-1].owner == name:
+            start = found.pop().start
+        found.append(SpanReason(start=start, end=end, owner=name))
     names = {span.owner for span in found if span.owner is not None}
     return Explanation(
         found=True,

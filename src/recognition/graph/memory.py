@@ -32,8 +32,8 @@ from recognition.graph.store import (
 from recognition.identity import Seen
 from recognition.messages import UpdateByCriteria
 
-# Handles made in a rehearsal never meet those of the graph below.
-_FIRST_HANDLE = 1 << 48
+# Handles made in a rehearsal never meet those of the graph below, which may be one itself.
+_APART = 1 << 48
 
 
 @dataclass(slots=True)
@@ -214,11 +214,19 @@ class _MemoryStore:
         default_factory=dict
     )
     known_tables: set[str] = field(default_factory=set)
-    handle: int = _FIRST_HANDLE
+    first: int = field(init=False)
+    handle: int = field(init=False)
     rules: str = ""
     sequence: int = -1
     decisions: int = 0
     emitted: list[UpdateByCriteria] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        below = self.below
+        self.first = 0 if below is None else _APART
+        if isinstance(below, _MemoryStore):
+            self.first += below.first
+        self.handle = self.first
 
     def take_emitted(self) -> list[UpdateByCriteria]:
         taken, self.emitted = self.emitted, []
@@ -271,7 +279,7 @@ class _MemoryStore:
     def _claims_of(self, timeline: int) -> list[Claim]:
         if timeline not in self.claims_by_timeline:
             read = []
-            if self.below is not None and timeline < _FIRST_HANDLE:
+            if self.below is not None and timeline < self.first:
                 read = self.below.claims({timeline: (BEGINNING, END)}).get(timeline, [])
             self.claims_by_timeline[timeline] = list(read)
         return self.claims_by_timeline[timeline]
@@ -319,7 +327,7 @@ class _MemoryStore:
     def _timelines_of(self, identifier: int) -> set[int]:
         if identifier not in self.timelines_of:
             read: set[int] = set()
-            if self.below is not None and identifier < _FIRST_HANDLE:
+            if self.below is not None and identifier < self.first:
                 read = self.below.claimed_by([identifier])
             self.timelines_of[identifier] = set(read)
         return self.timelines_of[identifier]
@@ -353,7 +361,7 @@ class _MemoryStore:
     def _take_in(self, handles: Collection[int]) -> None:
         if self.below is None:
             return
-        unread = [h for h in handles if h < _FIRST_HANDLE and h not in self.by_handle]
+        unread = [h for h in handles if h < self.first and h not in self.by_handle]
         seen_as = self.below.seen_as(unread)
         for handle, (identifier, known) in self.below.held(unread).items():
             if identifier not in self.gone:
@@ -390,7 +398,7 @@ class _MemoryStore:
     def _links_of(self, component: int) -> dict[tuple[int, int, bool], StoredLink]:
         if component not in self.links_by_component:
             read: list[StoredLink] = []
-            if self.below is not None and component < _FIRST_HANDLE:
+            if self.below is not None and component < self.first:
                 read = self.below.links([component]).get(component, [])
             self.links_by_component[component] = {(x.a, x.b, x.alias): x for x in read}
         return self.links_by_component[component]
@@ -410,7 +418,7 @@ class _MemoryStore:
     def _traits_of(self, identifier: int) -> dict[str, Trait]:
         if identifier not in self.traits_by_handle:
             read: dict[str, Trait] = {}
-            if self.below is not None and identifier < _FIRST_HANDLE:
+            if self.below is not None and identifier < self.first:
                 read = self.below.traits([identifier]).get(identifier, {})
             self.traits_by_handle[identifier] = dict(read)
         return self.traits_by_handle[identifier]
@@ -451,7 +459,7 @@ class _MemoryStore:
     def _references_of(self, subject: int) -> dict[tuple[str, ...], dict[str, int]]:
         if subject not in self.references_by_subject:
             read: References = {}
-            if self.below is not None and abs(subject) < _FIRST_HANDLE:
+            if self.below is not None and abs(subject) < self.first:
                 read = self.below.references(subject, BEGINNING, END)
             self.references_by_subject[subject] = {t: dict(refs) for t, refs in read.items()}
         return self.references_by_subject[subject]
@@ -488,10 +496,13 @@ class _MemoryStore:
 
     # ---------------------------------------------------------------- outbox
 
-    def next_sequence(self) -> int:
+    def last_sequence(self) -> int:
         if self.sequence < 0:
-            self.sequence = 0 if self.below is None else self.below.next_sequence() - 1
-        self.sequence += 1
+            self.sequence = 0 if self.below is None else self.below.last_sequence()
+        return self.sequence
+
+    def next_sequence(self) -> int:
+        self.sequence = self.last_sequence() + 1
         return self.sequence
 
     def emit(self, updates: Iterable[UpdateByCriteria]) -> None:

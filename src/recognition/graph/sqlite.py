@@ -151,8 +151,12 @@ class SqliteGraph(StoredGraph):
                 retryable=False,
             )
         self._connection = self._connect()
-        with _translated():
-            self._prepare()
+        try:
+            with _translated():
+                self._prepare()
+        except BaseException:
+            self._connection.close()
+            raise
 
     @classmethod
     def from_url(cls, url: str, **options: Any) -> Self:
@@ -228,11 +232,14 @@ class SqliteGraph(StoredGraph):
             connection.execute("ROLLBACK")
             raise
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise GraphError("the graph is closed")
+
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
-            if self._closed:
-                raise GraphError("the graph is closed")
+            self._check_open()
             connection = self._connection
             with _translated():
                 connection.execute("BEGIN IMMEDIATE")
@@ -259,6 +266,7 @@ class SqliteGraph(StoredGraph):
 
     @contextmanager
     def _reader(self, workspace: str) -> Iterator[Store]:
+        self._check_open()
         if self._path == ":memory:":
             with self._lock:
                 yield _SqliteStore(self._connection, workspace, {}, {}, reads_only=True)
@@ -882,8 +890,12 @@ class _SqliteStore:
 
     # ---------------------------------------------------------------- outbox
 
+    def last_sequence(self) -> int:
+        sequence: int = self._get("sequence")
+        return sequence
+
     def next_sequence(self) -> int:
-        sequence: int = self._get("sequence") + 1
+        sequence = self.last_sequence() + 1
         self._set("sequence", sequence)
         return sequence
 

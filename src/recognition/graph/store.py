@@ -60,11 +60,16 @@ class StoredLink(NamedTuple):
 
 
 class Trait(NamedTuple):
-    """The latest value of a trait; the greater of two is the truth."""
+    """The latest value of a trait; of two the one of the greater rank is the truth."""
 
     time: int
     message_id: str
     value: str | int | float | bool
+
+    @property
+    def rank(self) -> tuple[int, str, str, str]:
+        """Later first; of one message that came twice with two values, always the same one."""
+        return self.time, self.message_id, type(self.value).__name__, repr(self.value)
 
 
 class Reference(NamedTuple):
@@ -188,6 +193,9 @@ class Store(Protocol):
 
     def note_tables(self, tables: Iterable[str]) -> None:
         """Remember tables whose rows are not referenced."""
+
+    def last_sequence(self) -> int:
+        """The number of the last update; 0 before the first."""
 
     def next_sequence(self) -> int:
         """The next number of an update: greater than all before, in the order of decisions."""

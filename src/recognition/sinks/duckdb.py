@@ -152,7 +152,7 @@ class DuckdbSink(SqlSink):
         transaction: Transaction,
         name: str,
         columns: Sequence[StageColumn],
-        rows: Sequence[tuple[Any, ...]],
+        lists: Sequence[Sequence[Any]],
     ) -> None:
         """
         As one table of Arrow where ``pyarrow`` is installed, otherwise as one list for each column.
@@ -160,9 +160,8 @@ class DuckdbSink(SqlSink):
         Never by ``executemany``, which takes 3 seconds for 10,000 rows; lists take 0.07, Arrow
         0.01.
         """
-        if not rows:
+        if not lists[0]:
             return
-        lists = list(zip(*rows, strict=True))
         types = [_given_type(column) for column in columns]
         selected = ", ".join(_loaded(f"c{place}", column) for place, column in enumerate(columns))
         insert = f"INSERT INTO {name} SELECT {selected} FROM"

@@ -36,7 +36,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from hashlib import blake2b
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -53,7 +53,6 @@ from recognition.planner import (
     Cover,
     Plan,
     Shape,
-    StagedRow,
     Step,
     Value,
     cut_step,
@@ -288,9 +287,9 @@ class SqlSink(ABC):
         transaction: Transaction,
         name: str,
         columns: Sequence[StageColumn],
-        rows: Sequence[tuple[Any, ...]],
+        lists: Sequence[Sequence[Any]],
     ) -> None:
-        """Put rows into the stage, in bulk."""
+        """Put rows into the stage, in bulk; they are given as one list for each column."""
 
     @abstractmethod
     def bytewise(self, expression: _Expression) -> _Expression:
@@ -527,11 +526,12 @@ class SqlSink(ABC):
             where.append(sa.or_(empty, version.is_not(None)))
         else:
             where += [self._empty(table, target, column) for column in own_empty]
-            differs = [
-                self._exact(column, target).is_distinct_from(self._exact(staged, target))
-                for column, staged in values.items()
-            ]
-            where.append(sa.or_(*differs))
+            if not _fills(step, own_empty):
+                differs = [
+                    self._exact(column, target).is_distinct_from(self._exact(staged, target))
+                    for column, staged in values.items()
+                ]
+                where.append(sa.or_(*differs))
         where += self._bounds(table, step, target)
         where += self._spare(table, stage, step, target, spare)
         return sa.update(table).values(values).where(*where)
@@ -658,7 +658,7 @@ class SqlSink(ABC):
     def _stage(self, transaction: Transaction, step: Step, target: Target) -> sa.TableClause:
         columns = self._stage_columns(step.shape, target)
         stage = _named_stage(repr(step.shape), columns)
-        self._make_stage(transaction, stage.name, columns, target, _stage_rows(step, target))
+        self._make_stage(transaction, stage.name, columns, target, _stage_lists(step, target))
         return stage
 
     def _make_stage(
@@ -667,7 +667,7 @@ class SqlSink(ABC):
         name: str,
         columns: Sequence[StageColumn],
         target: Target,
-        rows: Sequence[tuple[Any, ...]],
+        lists: Sequence[Sequence[Any]],
     ) -> None:
         table = target.clause()
         selected: list[_Expression] = []
@@ -685,7 +685,7 @@ class SqlSink(ABC):
         # The types are the target's own, so that no comparison has to convert a column.
         nothing = sa.select(*selected).select_from(table).where(sa.literal_column("1 = 0"))
         transaction.execute(_CreateStage(name, nothing))
-        self.fill_stage(transaction, name, columns, rows)
+        self.fill_stage(transaction, name, columns, lists)
 
     def _drop(self, transaction: Transaction, stage: sa.TableClause) -> None:
         name = self._engine.dialect.identifier_preparer.quote(stage.name)
@@ -963,10 +963,9 @@ class SqlSink(ABC):
 
     def _holds_all(self, column: Column, values: Sequence[Value]) -> bool:
         """Whether no value needs to be looked at on its own."""
-        return column.kind == "text" and all(
-            isinstance(value, str) and (column.width is None or len(value) <= column.width)
-            for value in values
-        )
+        if column.kind != "text" or {*map(type, values)} != {str}:
+            return False
+        return column.width is None or max(map(len, cast(Sequence[str], values))) <= column.width
 
     def _refuse(self, column: Column, value: Value) -> str | None:
         """Why a column cannot hold a value, or ``None``; the value itself is not shown."""
@@ -1025,7 +1024,7 @@ class SqlSink(ABC):
             stage.name,
             stage_columns,
             target,
-            [tuple(row.get(name) for name in columns) for row in first.values()],
+            [[row.get(name) for row in first.values()] for name in columns],
         )
         clause = target.clause()
         staged = {name: stage.c[f"value_{place}"] for place, name in enumerate(columns)}
@@ -1086,6 +1085,12 @@ class SqlSink(ABC):
 
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.ASCII | re.IGNORECASE)
 _KINDS: Mapping[type, str] = {str: "text", bool: "boolean", int: "integer", float: "float"}
+
+
+def _fills(step: Step, empty: Iterable[str]) -> bool:
+    """Whether each row that is met changes, because a column is empty and will not be."""
+    places = [step.shape.columns.index(column) for column in empty]
+    return any(all(row.values[place] not in (None, "") for row in step.rows) for place in places)
 
 
 def _names(shape: Shape) -> tuple[str, ...]:
@@ -1152,63 +1157,63 @@ def _named_stage(content: str, columns: Sequence[StageColumn]) -> sa.TableClause
     return sa.table(name, *(sa.column(column.name) for column in columns))
 
 
-def _stage_rows(step: Step, target: Target) -> list[tuple[Any, ...]]:
-    """The rows of the step in the order of the stage's columns."""
-    shape = step.shape
-    keys = [_converter(target.column(name)) for name in shape.equals]
-    values = [_converter(target.column(name)) for name in shape.columns]
-    staged_values = [place for place, name in enumerate(shape.columns) if name != VERSION_COLUMN]
-    staged = []
-    extras = _ExtrasNotes(shape, target)
-    for position, row in enumerate(step.rows):
-        line: list[Any] = [row.update_id, row.sequence]
-        if not shape.versioned:
-            line += [row.workspace, position, extras.note(row)]
-        for value, convert in zip(row.equals, keys, strict=True):
-            line.append(value if convert is None else convert(value))
-        for start, end in row.intervals:
-            line += [start, end, start, end]
-        for place in staged_values:
-            convert = values[place]
-            line.append(row.values[place] if convert is None else convert(row.values[place]))
-        staged.append(tuple(line))
-    return staged
-
-
-class _ExtrasNotes:
-    """What the ledger notes of a row's further equalities; ``None``: another row notes it."""
-
-    def __init__(self, shape: Shape, target: Target) -> None:
-        message_column = None if shape.messages is None else shape.messages[0]
-        self._places = [
-            (place, target.column(name).name)
-            for place, name in enumerate(shape.equals)
-            if place > 0 and name != message_column
+def _stage_lists(step: Step, target: Target) -> list[list[Any]]:
+    """The rows of the step, as one list for each of the stage's columns, in their order."""
+    shape, rows = step.shape, step.rows
+    lists: list[list[Any]] = [[row.update_id for row in rows], [row.sequence for row in rows]]
+    if not shape.versioned:
+        lists += [
+            [row.workspace for row in rows],
+            list(range(len(rows))),
+            _note_extras(step, target),
         ]
-        self._once = shape.speaks_for_interval
-        self._noted: set[tuple[object, ...]] = set()
+    for place, name in enumerate(shape.equals):
+        lists.append(_convert(target.column(name), [row.equals[place] for row in rows]))
+    for place in range(len(shape.times)):
+        intervals = [row.intervals[place] for row in rows]
+        ends = [[interval[0] for interval in intervals], [interval[1] for interval in intervals]]
+        lists += ends + ends
+    for place, name in enumerate(shape.columns):
+        if name != VERSION_COLUMN:
+            lists.append(_convert(target.column(name), [row.values[place] for row in rows]))
+    return lists
 
-    def note(self, row: StagedRow) -> str | None:
-        extras = [(name, row.equals[place]) for place, name in self._places]
-        if self._once:
-            same = (row.update_id, row.equals[0], row.intervals, *extras)
-            if same in self._noted:
-                return None
-            self._noted.add(same)
-        return json.dumps(extras, ensure_ascii=False) if extras else ""
+
+def _note_extras(step: Step, target: Target) -> list[str | None]:
+    """What the ledger notes of further equalities; ``None``: another row notes the same."""
+    shape = step.shape
+    message_column = None if shape.messages is None else shape.messages[0]
+    places = [
+        (place, target.column(name).name)
+        for place, name in enumerate(shape.equals)
+        if place > 0 and name != message_column
+    ]
+    if not places and not shape.speaks_for_interval:
+        return [""] * len(step.rows)
+    notes: list[str | None] = []
+    noted: set[tuple[object, ...]] = set()
+    for row in step.rows:
+        extras = [(name, row.equals[place]) for place, name in places]
+        same = (row.update_id, row.equals[0], row.intervals, *extras)
+        if shape.speaks_for_interval and same in noted:
+            notes.append(None)
+            continue
+        noted.add(same)
+        notes.append(json.dumps(extras, ensure_ascii=False) if extras else "")
+    return notes
 
 
-def _converter(column: Column) -> Callable[[Value], object] | None:
-    """What makes a value one that the column holds, after it was found that it does."""
+def _convert(column: Column, values: list[Value]) -> list[Any]:
+    """The values as the column holds them, after it was found that it does."""
     if column.kind == "text":
-        return None if column.nullable else lambda value: "" if value is None else value
+        return values if column.nullable else ["" if value is None else value for value in values]
     if column.kind == "time":
-        return lambda value: None if value is None else _time_or_none(value)
+        return [None if value is None else _time_or_none(value) for value in values]
     if column.kind == "integer":
-        return lambda value: None if value is None else int(value)
+        return [None if value is None else int(value) for value in values]
     if column.kind == "float":
-        return lambda value: None if value is None else float(value)
-    return None
+        return [None if value is None else float(value) for value in values]
+    return values
 
 
 def _time_or_none(value: object) -> int | None:
