@@ -209,8 +209,7 @@ class SqliteGraph(StoredGraph):
 
     def _create(self) -> None:
         connection = self._connection
-        # Both pragmas have to come before the first table.
-        connection.execute("PRAGMA journal_mode = WAL")
+        self._switch_to_wal()
         connection.execute("BEGIN IMMEDIATE")
         try:
             if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
@@ -231,6 +230,18 @@ class SqliteGraph(StoredGraph):
         except BaseException:
             connection.execute("ROLLBACK")
             raise
+
+    def _switch_to_wal(self) -> None:
+        """The one step that SQLite does not wait for while another process takes it too."""
+        deadline = time.monotonic() + self._timeout
+        while True:
+            try:
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as exc:
+                if exc.sqlite_errorname != "SQLITE_BUSY" or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     def _check_open(self) -> None:
         if self._closed:
