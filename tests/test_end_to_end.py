@@ -23,8 +23,10 @@ from hypothesis import strategies as st
 from oracle import Oracle, make_event
 from recognition.attribution import DAY, Policy
 from recognition.delivery import deliver
+from recognition.errors import TableError, ValueRefusedError
 from recognition.events import Event, render_time
 from recognition.graph.sqlite import SqliteGraph
+from recognition.layouts import layout_named
 from recognition.messages import UpdateByCriteria
 from recognition.planner import plan_updates
 from recognition.recognizer import Recognizer
@@ -283,3 +285,101 @@ def test_delivery_resumes_what_another_process_left(tmp_path: Path) -> None:
     assert graph.stats().pending_updates == 0
     assert read_column(tmp_path / "warehouse.db", "user_id") == {"1": "u", "2": "u"}
     graph.close()
+
+
+def test_updates_of_a_missing_table_wait_for_it(tmp_path: Path) -> None:
+    """They go back to the outbox, others are applied, and are applied once the table is there."""
+    graph = SqliteGraph(tmp_path / "graph.db")
+    rules = Rules(layout=layout_named("segment"), stamps=False)
+    Recognizer(graph, rules).process(
+        [
+            make_event("1", DAY, "d", type="page"),
+            make_event("2", DAY + 5, "d", name="Buy"),
+            make_event("3", DAY + 9, "d", user_id="u", type="identify"),
+        ]
+    )
+    path = tmp_path / "warehouse.db"
+    columns = "message_id TEXT, anonymous_id TEXT, user_id TEXT, timestamp TEXT"
+
+    def make(table: str, message_id: str, time: int) -> None:
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute(f'CREATE TABLE "{table}" ({columns})')
+            connection.execute(
+                f'INSERT INTO "{table}" VALUES (?, ?, NULL, ?)',
+                (message_id, "d", render_time(time)),
+            )
+
+    make("pages", "1", DAY)
+    make("tracks", "2", DAY + 5)
+    sink = open_sink(f"sqlite:///{path}")
+
+    with pytest.raises(TableError, match=r"no table 'Buy'.* 1 updates wait .* 2 others") as caught:
+        deliver(graph, sink)
+    waiting = graph.stats()
+    make("Buy", "2", DAY + 5)
+    delivered = deliver(graph, sink)
+    sink.close()
+    graph.close()
+
+    assert caught.value.written
+    assert (waiting.pending_updates, waiting.dead_updates) == (1, 0)
+    assert (delivered.updates, delivered.rows_changed) == (1, 1)
+    with closing(sqlite3.connect(path)) as connection:
+        for table in ("pages", "tracks", "Buy"):
+            assert connection.execute(f'SELECT user_id FROM "{table}"').fetchall() == [("u",)]
+
+
+@pytest.mark.parametrize("scheme", ["sqlite", "duckdb"])
+def test_numbers_become_text_in_columns_of_text(scheme: str, tmp_path: Path) -> None:
+    """Loaded rows and updates write a trait alike: as JSON would."""
+    graph = SqliteGraph(":memory:")
+    rules = Rules(traits=("age", "vip"))
+    recognizer = Recognizer(graph, rules)
+    sink: Any = open_sink(f"{scheme}:///{tmp_path}/warehouse.{scheme}")
+    columns = {"message_id": "text", "anonymous_id": "text", "user_id": "text", "timestamp": "time"}
+    columns |= {"context_traits_age": "text", "context_traits_vip": "text"}
+    traits: dict[str, str | int | float | bool] = {"age": 33, "vip": True}
+    for event in [make_event("1", DAY, "d"), make_event("2", DAY, "d", user_id="u", traits=traits)]:
+        rows = recognizer.rows(recognizer.process([event]))["events"]
+        sink.load("events", rows, key="message_id", columns=columns)
+
+    delivered = deliver(graph, sink)
+    sink.close()
+    graph.close()
+    path = tmp_path / f"warehouse.{scheme}"
+
+    assert delivered.rejected == []
+    assert read_column(path, "context_traits_age") == {"1": "33", "2": "33"}
+    assert read_column(path, "context_traits_vip") == {"1": "true", "2": "true"}
+
+
+def test_a_value_that_does_not_fit_is_a_dead_letter(tmp_path: Path) -> None:
+    """The one update is given up with its reason, the others of its table are applied."""
+    graph = SqliteGraph(tmp_path / "graph.db")
+    events = [make_event("1", DAY, "d"), make_event("2", DAY, "e")]
+    events += [
+        make_event("3", DAY, "d", user_id="long" * 9),
+        make_event("4", DAY, "e", user_id="u"),
+    ]
+    Recognizer(graph, Rules(stamps=False)).process(events)
+    path = tmp_path / "warehouse.db"
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(
+            "CREATE TABLE events (message_id TEXT, anonymous_id TEXT, user_id VARCHAR(20),"
+            " timestamp TEXT)"
+        )
+        connection.executemany(
+            "INSERT INTO events VALUES (?, ?, NULL, ?)",
+            [("1", "d", render_time(DAY)), ("2", "e", render_time(DAY))],
+        )
+    sink = open_sink(f"sqlite:///{path}")
+
+    delivered = deliver(graph, sink)
+    sink.close()
+    dead = graph.dead_updates(10)
+    graph.close()
+
+    assert [type(error) for _, error in delivered.rejected] == [ValueRefusedError]
+    assert "36 characters" in dead[0][1]
+    assert "long" not in dead[0][1]
+    assert read_column(path, "user_id") == {"1": None, "2": "u"}

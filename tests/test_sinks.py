@@ -588,8 +588,6 @@ def test_a_text_that_is_too_long_is_refused_alone(sqlite: Database, opened: Open
         ("REAL", True),
         ("REAL", 10**400),
         ("BOOLEAN", "true"),
-        ("TEXT", 5),
-        ("TEXT", True),
         ("NUMERIC", "007"),
         ("STRING", " 1e5 "),
         ("", 2**64),
@@ -635,6 +633,22 @@ def test_sqlite_takes_what_a_column_holds(
     assert sqlite.column("x") == {"m1": value}
 
 
+def test_numbers_become_texts_where_texts_are(database: Database, opened: Opened) -> None:
+    """A number or truth value is set in a column of text as JSON writes it; as a key it is none."""
+    database.write("events", [row("m1", "5", 1), row("m2", "a2", 1), row("m3", "a3", 1)])
+
+    applied = apply(
+        opened(database),
+        update(1, {"user_id": 5, "stitched_user_id": None}, device("a2")),
+        update(2, {"user_id": True, "stitched_user_id": 0.5}, device("a3")),
+        update(3, {"user_id": "u", "stitched_user_id": "u"}, device(5)),
+    )
+
+    assert database.column("user_id") == {"m1": None, "m2": "5", "m3": "true"}
+    assert database.column("stitched_user_id") == {"m1": None, "m2": None, "m3": "0.5"}
+    assert "integer was found" in refusal(applied)
+
+
 @pytest.mark.parametrize(
     ("declared", "value"),
     [
@@ -646,7 +660,6 @@ def test_sqlite_takes_what_a_column_holds(
         ("FLOAT", 1e39),
         ("DECIMAL(4,2)", 100),
         ("BOOLEAN", 1),
-        ("VARCHAR", 1),
         ("UUID", "x"),
         ("DATE", "x"),
         ("ENUM('a', 'b')", "a"),
@@ -951,7 +964,8 @@ def test_a_closed_sink_lets_go_of_the_file(duck: Database) -> None:
     sink.close()
 
     code = (
-        "import duckdb, sys; print(duckdb.connect(sys.argv[1]).sql('SELECT user_id FROM events'))"
+        "import duckdb, sys; connection = duckdb.connect(sys.argv[1]);"
+        " print(connection.execute('SELECT user_id FROM events').fetchall())"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(duck.path)], capture_output=True, text=True, check=False
@@ -1435,7 +1449,7 @@ def test_an_unknown_scheme_lists_the_installed() -> None:
 
     text = str(caught.value)
     assert "did you mean 'sqlite'?" in text
-    assert "duckdb, sqlite" in text
+    assert ", ".join(installed_schemes()) in text
     assert "hunter2" not in text
 
 
@@ -1477,7 +1491,7 @@ def test_a_plugin_is_found_by_its_scheme(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
     assert isinstance(sink, _Plugin)
     assert (sink.url, sink.size) == ("ours+driver://host", 3)
-    assert installed_schemes() == ("duckdb", "ours", "sqlite")
+    assert {"duckdb", "ours", "sqlite"} <= set(installed_schemes())
 
 
 def test_a_plugin_without_its_driver_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

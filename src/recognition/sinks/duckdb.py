@@ -1,5 +1,5 @@
 """
-DuckDB 1.1 or later: a file or memory, through its own driver.
+DuckDB 2: a file or memory, through its own driver.
 
 How it differs: one process at a time (https://duckdb.org/docs/stable/connect/concurrency), rows are
 found by scanning, so that constant time bounds skip row groups, and a row that two transactions
@@ -108,13 +108,13 @@ class DuckdbSink(SqlSink):
         if found is None:
             return None
         rows = connection.exec_driver_sql(
-            "SELECT * FROM duckdb_columns()"
+            "SELECT column_name, data_type, is_nullable, is_generated FROM duckdb_columns()"
             " WHERE database_name = ? AND schema_name = ? AND table_name = ?"
             " ORDER BY column_index",
             (found.database_name, found.schema_name, found.table_name),
         )
         columns = [
-            _describe(row.column_name, row.data_type, not row.is_nullable, _is_generated(row))
+            _describe(row.column_name, row.data_type, not row.is_nullable, row.is_generated)
             for row in rows
         ]
         real = (found.database_name, found.schema_name, found.table_name)
@@ -298,11 +298,6 @@ def _describe(name: str, declared: str, not_null: bool, generated: bool) -> Colu
     )
 
 
-def _is_generated(row: Any) -> bool:
-    # DuckDB 1 does not say it; there, setting such a column fails as a whole.
-    return bool(row._mapping.get("is_generated", False))
-
-
 def _time_type(like: Column) -> str:
     declared = like.declared.upper()
     if like.kind == "text" or declared == "TIMESTAMP WITH TIME ZONE":
@@ -317,16 +312,12 @@ def _as_time(like: Column, time: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]
 def _constant(like: Column, microseconds: int) -> sa.ColumnElement[Any]:
     kind = _time_type(like)
     if kind == "TIMESTAMP_NS":
-        microseconds = 1_000 * max(-_NS_LIMIT, min(microseconds, _NS_LIMIT))
+        microseconds = max(-_NS_LIMIT, min(microseconds, _NS_LIMIT))
     number = sa.cast(sa.literal(microseconds, sa.BigInteger()), sa.BigInteger())
-    return sa.Function(_MAKERS[kind], number)
-
-
-_MAKERS = {
-    "TIMESTAMP": "make_timestamp",
-    "TIMESTAMPTZ": "make_timestamptz",
-    "TIMESTAMP_NS": "make_timestamp_ns",
-}
+    if kind == "TIMESTAMPTZ":
+        return sa.func.make_timestamptz(number)
+    moment = sa.func.make_timestamp(number)
+    return sa.cast(moment, _OfDuckdb(kind)) if kind == "TIMESTAMP_NS" else moment
 
 
 def _given_type(column: StageColumn) -> str:
@@ -342,9 +333,11 @@ def _loaded(name: str, column: StageColumn) -> str:
     if column.like is None or column.kind != "time":
         return name
     kind = _time_type(column.like)
+    if kind == "TIMESTAMPTZ":
+        return f"make_timestamptz({name})"
     if kind == "TIMESTAMP_NS":
-        return f"make_timestamp_ns(1000 * greatest(-{_NS_LIMIT}, least({name}, {_NS_LIMIT})))"
-    return f"{_MAKERS[kind]}({name})"
+        name = f"greatest(-{_NS_LIMIT}, least({name}, {_NS_LIMIT}))"
+    return f"CAST(make_timestamp({name}) AS {kind})"
 
 
 _LOCKS: defaultdict[str, Lock] = defaultdict(Lock)
@@ -403,25 +396,30 @@ class _Session:
 
 
 class _Cursor:
-    """The session itself; a statement that gives no rows has no description."""
+    """
+    The session itself.
+
+    DuckDB answers a statement that writes by a row with the count; here it is ``rowcount``, and
+    there is no description.
+    """
 
     arraysize = 1
 
     def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
         self._connection = connection
         self._gives_rows = False
+        self.rowcount = -1
 
     @property
     def description(self) -> Sequence[Any] | None:
         return self._connection.description if self._gives_rows else None
 
-    @property
-    def rowcount(self) -> int:
-        return self._connection.rowcount
-
     def execute(self, statement: str, parameters: Sequence[Any] = ()) -> None:
-        self._gives_rows = statement.lstrip()[:6].upper() == "SELECT"
+        verb = statement.lstrip()[:6].upper()
+        self._gives_rows = verb == "SELECT"
         self._connection.execute(statement, list(parameters))
+        counted = self._connection.fetchone() if verb in ("INSERT", "UPDATE", "DELETE") else None
+        self.rowcount = -1 if counted is None else counted[0]
 
     def fetchone(self) -> Any:
         return self._connection.fetchone()

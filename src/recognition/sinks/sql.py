@@ -7,7 +7,8 @@ asks which database it is. No value ever becomes part of a statement's text: val
 staged rows, names through SQLAlchemy's quoting after they were found in the real table.
 
 **What a row must be.** ``empty`` is NULL; in a text column that is declared NOT NULL it is ``''``,
-and setting such a column to null writes ``''``. ``equals`` is exact: case, blanks and collation do
+and setting such a column to null writes ``''``. A number or truth value that is set in a text
+column becomes text. ``equals`` is exact: case, blanks and collation do
 not blur it.
 
 **Which update stands.** In a table with ``recognition_version`` each row says by which update it
@@ -45,9 +46,15 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import ClauseElement, Executable
 
-from recognition.errors import ConfigurationError, EventError, SinkError, TableError
+from recognition.errors import (
+    ConfigurationError,
+    EventError,
+    SinkError,
+    TableError,
+    ValueRefusedError,
+)
 from recognition.events import parse_time, render_time
-from recognition.messages import VERSION_COLUMN
+from recognition.messages import VERSION_COLUMN, to_text
 from recognition.planner import (
     Bound,
     Cover,
@@ -903,9 +910,12 @@ class SqlSink(ABC):
             if self._holds_all(column, values):
                 continue
             for row, value in zip(step.rows, values, strict=True):
-                reason = self._refuse(column, value)
+                if is_set and column.kind == "text" and value is not None:
+                    reason = self._refuse(column, to_text(value))
+                else:
+                    reason = self._refuse(column, value)
                 if reason is not None:
-                    refused[row.update_id] = TableError(
+                    refused[row.update_id] = ValueRefusedError(
                         f"table {step.table!r}, column {column.name!r}: {reason}; "
                         "nothing of this update was written"
                     )
@@ -1206,7 +1216,10 @@ def _note_extras(step: Step, target: Target) -> list[str | None]:
 def _convert(column: Column, values: list[Value]) -> list[Any]:
     """The values as the column holds them, after it was found that it does."""
     if column.kind == "text":
-        return values if column.nullable else ["" if value is None else value for value in values]
+        if {*map(type, values)} <= {str}:
+            return values
+        nothing = None if column.nullable else ""
+        return [nothing if value is None else to_text(value) for value in values]
     if column.kind == "time":
         return [None if value is None else _time_or_none(value) for value in values]
     if column.kind == "integer":
