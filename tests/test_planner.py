@@ -581,6 +581,16 @@ def test_a_version_is_the_sequence(version: Any) -> None:
     assert "recognition_version" in str(error)
 
 
+def test_a_sequence_has_64_bits() -> None:
+    """A sequence that no column can hold is refused."""
+    plan = plan_updates(
+        [update(2**63, {"user_id": "u"}, device()), update(2**63 - 1, {"user_id": "u"}, device())]
+    )
+
+    assert [update_id for update_id, _ in plan.rejected] == [f"u{2**63}"]
+    assert plan.updates == (f"u{2**63 - 1}",)
+
+
 def test_a_version_alone_is_refused() -> None:
     """An update that sets nothing beside the version is refused."""
     plan = plan_updates([update(1, {"recognition_version": 1}, device())])

@@ -807,8 +807,12 @@ def test_a_file_that_is_no_database_is_named_so(database: Database, opened: Open
     """A file of something else is an error that says so."""
     database.path.write_text("this is a text " * 500)
 
+    wanted = update(1, {"user_id": "u"}, device("a1"))
+    with pytest.raises(SinkError, match=r"is not a (SQLite|DuckDB) database"):
+        opened(database).compile(plan_updates([wanted]).steps[0])
+
     with pytest.raises(SinkError, match=r"is not a (SQLite|DuckDB) database") as caught:
-        apply(opened(database), update(1, {"user_id": "u"}, device("a1")))
+        apply(opened(database), wanted)
 
     assert (caught.value.written, caught.value.retryable) == (False, False)
 
@@ -1332,11 +1336,17 @@ def test_load_makes_the_table_and_inserts(database: Database, opened: Opened) ->
 
 
 def test_load_is_found_by_index_in_sqlite(sqlite: Database, opened: Opened) -> None:
-    """The key is unique, and the device has an index."""
-    opened(sqlite).load("events", [], key="message_id", columns=COLUMNS)
+    """The key is unique, and the device has an index, whatever it is called."""
+    sink = opened(sqlite)
+    sink.load("events", [], key="message_id", columns=COLUMNS)
+    sink.load("Hits", [], key="id", columns={"id": "text", "My Id": "text"}, index=["My Id", "x"])
 
-    indexes = sqlite.run("SELECT name FROM pragma_index_list('events') ORDER BY name")
-    assert indexes == [("events_anonymous_id",), ("sqlite_autoindex_events_1",)]
+    indexes = "SELECT name FROM pragma_index_list(?) ORDER BY name"
+    assert sqlite.run(indexes, "events") == [
+        ("events_anonymous_id",),
+        ("sqlite_autoindex_events_1",),
+    ]
+    assert sqlite.run(indexes, "Hits") == [("Hits_My Id",), ("sqlite_autoindex_Hits_1",)]
 
 
 def test_load_keeps_the_first_of_a_key(database: Database, opened: Opened) -> None:

@@ -9,6 +9,7 @@ Exit code 0: all done; 1: some events or updates were rejected, or what was aske
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -365,6 +366,7 @@ class _Way:
         columns[named.time] = "time"
         if rules.supersede_of(table) is Supersede.VERSION:
             columns[VERSION_COLUMN] = "integer"
+            written.append(VERSION_COLUMN)
         return self.sink.load(table, rows, key=named.id, columns=columns, fill=written)
 
     def deliver(self) -> None:
@@ -398,6 +400,9 @@ def _run(arguments: argparse.Namespace) -> int:
     _look_for(arguments.events)
     started = time.monotonic()
     with ExitStack() as stack:
+        # What the imports made is never garbage: not looking at it again saves a fifth of the time.
+        gc.freeze()
+        stack.callback(gc.unfreeze)
         way = _Way(arguments, settings, stack, lambda: open_graph(settings.graph))
         path = arguments.rejects or Path("rejects.ndjson")
         rejects = stack.enter_context(RejectsFile(path))

@@ -37,7 +37,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from itertools import groupby, product
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from recognition.errors import MessageError
 from recognition.messages import VERSION_COLUMN, Messages, UpdateByCriteria
@@ -48,6 +48,7 @@ Value = str | int | float | bool | None
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _SECOND = 1_000_000
+_GREATEST = 2**63 - 1
 
 # A staged row that names a message stands for one row of the target, one that names a device for
 # all of the device's rows: about 20 in the event files that we measured with.
@@ -170,10 +171,10 @@ class Step:
         """What holds for the time columns of every row; the times of messages in full seconds."""
         found = []
         for place, column in enumerate(self.shape.times):
-            starts = [row.intervals[place][0] for row in self.rows]
-            ends = [row.intervals[place][1] for row in self.rows]
-            lower = None if None in starts else min(start for start in starts if start is not None)
-            upper = None if None in ends else max(end for end in ends if end is not None)
+            starts = {row.intervals[place][0] for row in self.rows}
+            ends = {row.intervals[place][1] for row in self.rows}
+            lower = None if None in starts else min(cast(set[int], starts))
+            upper = None if None in ends else max(cast(set[int], ends))
             found.append(Bound(column, lower, upper))
         if self.shape.messages is not None:
             times = [row.message_time for row in self.rows if row.message_time is not None]
@@ -313,6 +314,8 @@ class _Piece(NamedTuple):
 def _read(update: UpdateByCriteria) -> list[_Piece]:
     """One piece per key value and message; none when the criteria contradict each other."""
     columns = tuple(sorted(update.set))
+    if update.sequence > _GREATEST:
+        raise MessageError("sequence is greater than a column of 64 bits can hold")
     if VERSION_COLUMN in update.set:
         version = update.set[VERSION_COLUMN]
         if type(version) is not int or version != update.sequence:

@@ -8,8 +8,7 @@ staged rows, names through SQLAlchemy's quoting after they were found in the rea
 
 **What a row must be.** ``empty`` is NULL; in a text column that is declared NOT NULL it is ``''``,
 and setting such a column to null writes ``''``. A number or truth value that is set in a text
-column becomes text. ``equals`` is exact: case, blanks and collation do
-not blur it.
+column becomes text. ``equals`` is exact: case, blanks and collation do not blur it.
 
 **Which update stands.** In a table with ``recognition_version`` each row says by which update it
 was written: a row is set when its version is smaller, and ``empty`` on a column that is set also
@@ -330,11 +329,17 @@ class SqlSink(ABC):
         taken to be as `load` would make it. ``apply()`` sends further statements: those that stage
         the rows, and, where the ledger knows of later updates, the same one for each shape of what
         these leave.
+
+        Raises:
+            SinkError: The database cannot be read.
         """
         target = None
         if self.exists():
-            with self._reading() as connection:
-                target = self._find(connection, step.table)
+            try:
+                with self._engine.connect().execution_options(reads=True) as connection:
+                    target = self._find(connection, step.table)
+            except sa.exc.DBAPIError as exc:
+                raise self.translate(exc.orig) from exc
         statement = self._set_rows(step, self._complete(target, step.shape))
         text = str(statement.compile(dialect=self._engine.dialect))
         bounds = [
@@ -377,6 +382,7 @@ class SqlSink(ABC):
         key: str,
         columns: Mapping[str, str],
         fill: Sequence[str] = (),
+        index: Sequence[str] = ("anonymous_id",),
     ) -> int:
         """
         Insert the rows whose key is not there yet, in one transaction.
@@ -390,12 +396,14 @@ class SqlSink(ABC):
                 UTC.
             key: The column that is unique.
             columns: Name and kind: ``text``, ``time``, ``integer``, ``float`` or ``boolean``.
+            index: The columns by which updates find rows; a table that is made gets an index on
+                each of them that it has, where the database finds rows by indexes.
 
         Returns:
             How many rows were inserted.
         """
         return self._transact(
-            lambda transaction: self._load(transaction, table, rows, key, columns, fill)
+            lambda transaction: self._load(transaction, table, rows, key, columns, fill, index)
         )
 
     def _transact(self, work: Callable[[Transaction], _Result]) -> _Result:
@@ -426,9 +434,6 @@ class SqlSink(ABC):
                 else:
                     raise error from exc
 
-    def _reading(self) -> AbstractContextManager[sa.Connection]:
-        return self._engine.connect().execution_options(reads=True)
-
     # Applying a plan ----------------------------------------------------------------------------
 
     def _apply(self, transaction: Transaction, plan: Plan) -> Applied:
@@ -438,10 +443,11 @@ class SqlSink(ABC):
         done: list[AppliedStep] = []
         matched: defaultdict[str, int] = defaultdict(int)
         for step in plan.steps:
-            rows = tuple(row for row in step.rows if row.update_id not in refused)
-            if rows:
-                kept = Step(level=step.level, shape=step.shape, rows=rows)
-                done.extend(self._run(transaction, kept, matched))
+            if refused:
+                kept = tuple(row for row in step.rows if row.update_id not in refused)
+                step = replace(step, rows=kept)
+            if step.rows:
+                done.extend(self._run(transaction, step, matched))
         return Applied(
             rows_matched=sum(step.rows_matched for step in done),
             rows_changed=sum(step.rows_changed for step in done),
@@ -1016,9 +1022,10 @@ class SqlSink(ABC):
         key: str,
         columns: Mapping[str, str],
         fill: Sequence[str],
+        index: Sequence[str],
     ) -> int:
         self._targets.pop(table, None)
-        target = self._create(transaction, table, key, columns)
+        target = self._create(transaction, table, key, columns, index)
         stage_columns = [
             StageColumn(f"value_{place}", "time", target.column(name))
             if kind == "time"
@@ -1065,7 +1072,12 @@ class SqlSink(ABC):
         return inserted
 
     def _create(
-        self, transaction: Transaction, table: str, key: str, columns: Mapping[str, str]
+        self,
+        transaction: Transaction,
+        table: str,
+        key: str,
+        columns: Mapping[str, str],
+        index: Sequence[str],
     ) -> Target:
         quote = self._engine.dialect.identifier_preparer.quote
         named = ".".join(quote(part) for part in table.split("."))
@@ -1076,9 +1088,10 @@ class SqlSink(ABC):
                 for name, kind in columns.items()
             )
             transaction.execute_text(f"CREATE TABLE {named} ({declared})")
-            if self.indexed and "anonymous_id" in columns:
-                index = quote(f"{table.replace('.', '_')}_anonymous_id")
-                transaction.execute_text(f"CREATE INDEX {index} ON {named} (anonymous_id)")
+            for column in index:
+                if self.indexed and column in columns:
+                    name = quote(f"{table}_{column}".replace(".", "_"))
+                    transaction.execute_text(f"CREATE INDEX {name} ON {named} ({quote(column)})")
         else:
             if target.view:
                 raise TableError(f"{table!r} is a view; rows cannot be loaded into it")
