@@ -93,6 +93,17 @@ class Oracle:
             canonical.update(dict.fromkeys(group, best))
         return canonical
 
+    def forget(self, identifier: tuple[str, str], at: int) -> None:
+        """Everything that the person has done so far is forgotten, and all that it did by then."""
+        canonical = self.persons()
+        theirs = {i for i in canonical if canonical[i] == canonical.get(tuple(identifier))}
+        theirs.add(tuple(identifier))
+        until = max(
+            [at, *(event.time for event in self.events if theirs.intersection(self.known(event)))]
+        )
+        for one in theirs:
+            self.forgotten[one] = max(until, self.forgotten.get(one, -1))
+
     def claims(self, device: str) -> list[tuple[int, str, tuple[str, str] | None, int | None]]:
         """(time, message id, who, until): nobody claims for a forgotten person, up to a moment."""
         found = []

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from oracle import Oracle, batches, make_event
 from recognition.attribution import AttributionRules, Policy
-from recognition.events import Event
+from recognition.events import Event, Identifier
 from recognition.graph import Graph
 from recognition.graph.memory import MemoryGraph
 from recognition.graph.sqlite import SqliteGraph
@@ -173,3 +173,77 @@ def test_final_rows_are_those_of_the_oracle(
     )
 
     assert pipeline.rows() == oracle.owners()
+
+
+#: One email a user, so that no link is refused: what `forget` promises is about such persons.
+OWN_EMAIL = {"u1": [None, "a@x.com", "A@X.com"], "u2": [None, "b@x.com"], "u3": [None]}
+NOW = 12  # not earlier than any event that has happened
+UNDONE = [Identifier("user_id", "u1"), Identifier("user_id", "u2"), Identifier("email", "a@x.com")]
+
+
+@st.composite
+def undone(draw: st.DrawFn) -> list[tuple[str, Any]]:
+    """Batches of events, with unlink, release and forget anywhere between them."""
+    events = []
+    for number in range(draw(st.integers(1, 10))):
+        user = draw(USERS)
+        email = draw(EMAILS) if user is None else draw(st.sampled_from(OWN_EMAIL[user]))
+        name = f"m{number:02}"
+        events.append(make_event(name, draw(TIMES), draw(DEVICES), user_id=user, email=email))
+    arriving = draw(st.permutations(events))
+    cuts = draw(st.sets(st.integers(1, max(len(arriving), 2)), max_size=5))
+    actions: list[tuple[str, Any]] = [("take", batch) for batch in batches(arriving, cuts)]
+    device = st.sampled_from(["d1", "d2"])
+    known = st.sampled_from(UNDONE)
+    undo = st.one_of(
+        st.tuples(st.just("unlink"), st.tuples(known, known).filter(lambda two: two[0] != two[1])),
+        st.tuples(st.just("take away"), st.tuples(device, known)),
+        st.tuples(st.just("release"), st.tuples(device, TIMES)),
+        st.tuples(st.just("forget"), st.tuples(known, st.just(NOW))),
+    )
+    for action in draw(st.lists(undo, min_size=1, max_size=3)):
+        actions.insert(draw(st.integers(0, len(actions))), action)
+    return actions
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("mode", ["references", "version", "own column"])
+@given(actions=undone(), policy=st.sampled_from(Policy), stamps=st.booleans())
+@FAST
+def test_what_was_undone_stays_undone(
+    graph: str, mode: str, actions: list[tuple[str, Any]], policy: Policy, stamps: bool
+) -> None:
+    """Unlink, release and forget hold for what came before them and for what comes late."""
+    rules = rules_of(mode, policy, stamps=stamps)
+    pipeline = Pipeline(GRAPHS[graph](), rules)
+    recognizer = pipeline.recognizers[0]
+    oracle = Oracle(
+        policy=rules.attribution.policy, lookback=LOOKBACK, own_column=rules.has_own_column
+    )
+    for action, subject in actions:
+        match action:
+            case "take":
+                pipeline.take(subject)
+                oracle.events.extend(subject)
+            case "unlink":
+                recognizer.unlink(*subject)
+                oracle.unlinked.add(frozenset(subject))
+            case "take away":
+                device, identifier = subject
+                recognizer.unlink(Identifier("anonymous_id", device), identifier)
+                oracle.unlinked.add(frozenset((("anonymous_id", device), identifier)))
+            case "release":
+                device, at = subject
+                recognizer.release(device, at)
+                until = max([at, *(claim[0] for claim in oracle.claims(device))])
+                oracle.released[device] = max(until, oracle.released.get(device, -1))
+            case "forget":
+                identifier, at = subject
+                recognizer.forget(identifier, at)
+                oracle.forget(identifier, at)
+        pipeline.deliver()
+
+    assert pipeline.warehouse.tables.get("events", {}).keys() == {
+        event.message_id for event in oracle.events
+    }
+    assert not oracle.events or pipeline.rows() == oracle.owners()

@@ -21,7 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from recognition.errors import ConfigurationError, EventError, InputError
@@ -1106,7 +1106,7 @@ def test_ndjson_is_read_in_every_wrapping(content: bytes, size: int | None) -> N
     assert rejects == []
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"\xef\xbb\xbf", gzip.compress(b"")])
+@pytest.mark.parametrize("content", [b"", b"\n", b"\xef\xbb\xbf", gzip.compress(b"", mtime=0)])
 @pytest.mark.parametrize("encoding", ["ndjson", "csv"])
 def test_an_empty_file_has_no_events(content: bytes, encoding: str) -> None:
     """A file of nothing gives nothing, and is no error."""
@@ -1544,6 +1544,7 @@ def test_every_line_becomes_an_event_or_a_reject(
 ) -> None:
     """Whatever a file holds, reading ends, and raises nothing but an InputError of its header."""
     content = b"message_id,time\n" + content if encoding == "csv" else content
+    assume(not content.startswith(b"\x1f\x8b"))  # that is no text, but the start of a gzip file
 
     events, rejects = read(gzip.compress(content) if zipped else content, encoding=encoding)
 

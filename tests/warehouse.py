@@ -52,10 +52,7 @@ class Warehouse:
 
     def _meets(self, row: Row, update: UpdateByCriteria) -> bool:
         if VERSION_COLUMN in update.set:
-            target = next(column for column in update.set if column != VERSION_COLUMN)
             version = row.get(VERSION_COLUMN)
-            if version is None and row.get(target) is not None:
-                return False
             if isinstance(version, int) and version >= update.sequence:
                 return False
         for criterion in update.where:
@@ -67,7 +64,8 @@ class Warehouse:
                     if row.get(column) not in values:
                         return False
                 case Empty(column=column):
-                    if row.get(column) is not None:
+                    written = column in update.set and row.get(VERSION_COLUMN) is not None
+                    if row.get(column) is not None and not written:
                         return False
                 case Between(column=column, start=start, end=end):
                     at = EPOCH + timedelta(microseconds=int(row[column] or 0))

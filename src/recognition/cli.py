@@ -276,6 +276,7 @@ class _Loading(Sink, Protocol):
         key: str,
         columns: Mapping[str, str],
         fill: Sequence[str] = (),
+        index: Sequence[str] = (),
     ) -> int: ...
 
 
@@ -367,7 +368,9 @@ class _Way:
         if rules.supersede_of(table) is Supersede.VERSION:
             columns[VERSION_COLUMN] = "integer"
             written.append(VERSION_COLUMN)
-        return self.sink.load(table, rows, key=named.id, columns=columns, fill=written)
+        return self.sink.load(
+            table, rows, key=named.id, columns=columns, fill=written, index=(named.anonymous_id,)
+        )
 
     def deliver(self) -> None:
         """Apply all that waits in the outbox, what other runs have left there included."""

@@ -113,7 +113,12 @@ class OneOf(_Value):
 
 
 class Empty(_Value):
-    """The column is NULL, or holds the empty value of a column that cannot be NULL."""
+    """
+    The column is NULL, or holds the empty value of a column that cannot be NULL.
+
+    Where the update sets ``recognition_version``, a column that it sets may also hold what an
+    update of a smaller version wrote.
+    """
 
     kind: Literal["empty"] = "empty"
     column: Name

@@ -1174,15 +1174,18 @@ class _Decision:
             else self._rules.values_of(table, new.id, new.traits)
         )
         sequence = self._store.next_sequence()
+        criteria = list(where)
         if self._rules.supersede_of(table) is Supersede.VERSION:
+            # "Empty, or written by recognition": that is what it means beside a version.
+            criteria.append(Empty(column=self._rules.target_of(table)))
             values[VERSION_COLUMN] = sequence
         self._updates.append(
             UpdateByCriteria(
-                id=decide_id(self._rules.workspace, table, values, where, sequence),
+                id=decide_id(self._rules.workspace, table, values, criteria, sequence),
                 workspace=self._rules.workspace,
                 table=table,
                 set=values,
-                where=tuple(where),
+                where=tuple(criteria),
                 sequence=sequence,
                 expected_rows=expected,
                 cause=cause,
