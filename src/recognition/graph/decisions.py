@@ -47,7 +47,7 @@ from recognition.attribution import (
 from recognition.errors import InputError
 from recognition.events import Identifier
 from recognition.graph.store import Known, Reference, Store, StoredLink, Trait
-from recognition.identity import Link, Seen, resolve
+from recognition.identity import Link, Seen, link_of, links_of, resolve
 from recognition.messages import (
     VERSION_COLUMN,
     Between,
@@ -232,7 +232,7 @@ class _Decision:
         forgotten = store.forgotten(identifiers) if identifiers else {}
 
         seen: dict[Identifier, tuple[Seen, str]] = {}
-        links: dict[tuple[Identifier, Identifier, bool], tuple[int, str]] = {}
+        links: dict[tuple[Identifier, Identifier, bool], Link] = {}
         traits: dict[Identifier, dict[str, Trait]] = {}
         claims: dict[str, list[tuple[int, str, Identifier | None, int, bool]]] = defaultdict(list)
         ranges: dict[str, tuple[int, int]] = {}
@@ -266,12 +266,15 @@ class _Decision:
                 if identifier not in seen or sighting < seen[identifier][0]:
                     seen[identifier] = (sighting, value)
             first = o.known[0]
-            for other in o.known[1:]:
-                _keep_earliest(links, first, other, False, o)
+            for link in links_of(o.known, o.time, o.message_id):
+                _keep_earliest(links, link)
             if o.previous_id is not None:
                 previous = Identifier(USER_ID, o.previous_id)
                 if previous != first:
-                    _keep_earliest(links, first, previous, True, o)
+                    alias = link_of(
+                        first, previous, alias=True, time=o.time, message_id=o.message_id
+                    )
+                    _keep_earliest(links, alias)
                     before = (Seen(True, o.time, o.message_id), o.previous_id)
                     if previous not in seen or before[0] < seen[previous][0]:
                         seen[previous] = before
@@ -288,7 +291,7 @@ class _Decision:
 
         known = store.identifiers(identifiers) if identifiers else {}
         handles, lowered = self._remember(seen, known)
-        persons = self._join(handles, known, lowered, links)
+        persons = self._join(handles, known, lowered, links.values())
         devices = self._devices(ranges, claims, living)
         new_claims = self._new_claims(devices, claims, handles)
         told = self._learn_traits(traits, handles)
@@ -347,13 +350,15 @@ class _Decision:
         handles: Mapping[Identifier, int],
         known: Mapping[Identifier, Known],
         lowered: Mapping[int, Seen],
-        links: Mapping[tuple[Identifier, Identifier, bool], tuple[int, str]],
+        links: Iterable[Link],
     ) -> dict[int, tuple[int, int]]:
         """Persons to be changed by the batch's links: handle -> (component, canonical)."""
         component_of = {held.handle: held.component for held in known.values()}
         offered = [
-            StoredLink(handles[a], handles[b], alias, time, message_id, False, "")
-            for (a, b, alias), (time, message_id) in links.items()
+            StoredLink(
+                handles[link.a], handles[link.b], link.alias, link.time, link.message_id, False, ""
+            )
+            for link in links
         ]
         touched = {component_of.get(h, 0) for link in offered for h in (link.a, link.b)}
         touched |= {component_of[handle] for handle in lowered}
@@ -1199,17 +1204,10 @@ class _Decision:
             self._store.emit(self._updates)
 
 
-def _keep_earliest(
-    links: dict[tuple[Identifier, Identifier, bool], tuple[int, str]],
-    one: Identifier,
-    other: Identifier,
-    alias: bool,
-    o: Observation,
-) -> None:
-    key = (one, other, alias) if one < other else (other, one, alias)
-    evidence = (o.time, o.message_id)
-    if key not in links or evidence < links[key]:
-        links[key] = evidence
+def _keep_earliest(links: dict[tuple[Identifier, Identifier, bool], Link], link: Link) -> None:
+    key = (link.a, link.b, link.alias)
+    if key not in links or (link.time, link.message_id) < (links[key].time, links[key].message_id):
+        links[key] = link
 
 
 def _group(
