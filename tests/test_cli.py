@@ -818,3 +818,36 @@ def test_update_messages_of_a_plan_are_what_the_schema_says(cli_: Cli) -> None:
     for message in messages:
         jsonschema.validate(message, cli_("schema").json)
         assert UpdateByCriteria.model_validate(message).set == {"user_id": "u1"}
+
+
+# -------------------------------------------------------------------- what a graph was decided with
+
+
+def test_undo_goes_by_the_rules_that_the_graph_was_decided_with(cli_: Cli) -> None:
+    """forget after a run with another policy and column needs neither of them said again."""
+    Path("e.ndjson").write_text(
+        "".join(
+            json.dumps(
+                {"messageId": f"m{n}", "type": "track", "anonymousId": "d", "userId": user}
+                | {"timestamp": f"2026-01-01T0{n}:00:00Z"}
+            )
+            + "\n"
+            for n, user in enumerate(["u1", None, "u2"])
+        )
+    )
+    target = ["--graph", GRAPH, "--sink", "sqlite:///own.db"]
+    ran = cli_(
+        *("run", "e.ndjson", "--load", "--policy", "last_login", "--target-column", "stitched"),
+        *target,
+    )
+    refused = cli_("run", "e.ndjson", "--policy", "first_claim", *target)
+    explained = cli_("explain", "m1", "--graph", GRAPH)
+    forgot = cli_("forget", "u2", *target)
+    with closing(sqlite3.connect("own.db")) as connection:
+        rows = connection.execute("SELECT user_id, stitched FROM events ORDER BY message_id")
+        left = rows.fetchall()
+
+    assert (ran.code, refused.code, explained.code, forgot.code) == (0, 2, 0, 0)
+    assert "policy last_login; asked for is policy first_claim" in refused.err
+    assert explained.out.startswith("m1: u2")
+    assert left == [("u1", None), (None, None), ("u2", None)]

@@ -5,6 +5,7 @@ The final rows equal the oracle's, whatever the order, the batches, the repetiti
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -133,6 +134,9 @@ class Pipeline:
         self.graph.acknowledge([item.position for item in leased])
         return changed
 
+    def close(self) -> None:
+        self.graph.close()
+
     def rows(self) -> dict[str, object]:
         target = target_of(self.rules)
         return {m: row.get(target) for m, row in self.warehouse.tables["events"].items()}
@@ -162,9 +166,10 @@ def test_final_rows_are_those_of_the_oracle(
         rules = replace(rules, attribution=replace(rules.attribution, lookback=LOOKBACK * 100))
         events, arriving = untie(events), [untie(batch) for batch in arriving]
     pipeline = Pipeline(GRAPHS[graph](), rules)
-    for batch in arriving:
-        pipeline.take(batch)
-        pipeline.deliver()
+    with closing(pipeline):
+        for batch in arriving:
+            pipeline.take(batch)
+            pipeline.deliver()
     oracle = Oracle(
         policy=rules.attribution.policy,
         lookback=rules.attribution.lookback,
@@ -220,28 +225,29 @@ def test_what_was_undone_stays_undone(
     oracle = Oracle(
         policy=rules.attribution.policy, lookback=LOOKBACK, own_column=rules.has_own_column
     )
-    for action, subject in actions:
-        match action:
-            case "take":
-                pipeline.take(subject)
-                oracle.events.extend(subject)
-            case "unlink":
-                recognizer.unlink(*subject)
-                oracle.unlinked.add(frozenset(subject))
-            case "take away":
-                device, identifier = subject
-                recognizer.unlink(Identifier("anonymous_id", device), identifier)
-                oracle.unlinked.add(frozenset((("anonymous_id", device), identifier)))
-            case "release":
-                device, at = subject
-                recognizer.release(device, at)
-                until = max([at, *(claim[0] for claim in oracle.claims(device))])
-                oracle.released[device] = max(until, oracle.released.get(device, -1))
-            case "forget":
-                identifier, at = subject
-                recognizer.forget(identifier, at)
-                oracle.forget(identifier, at)
-        pipeline.deliver()
+    with closing(pipeline):
+        for action, subject in actions:
+            match action:
+                case "take":
+                    pipeline.take(subject)
+                    oracle.events.extend(subject)
+                case "unlink":
+                    recognizer.unlink(*subject)
+                    oracle.unlinked.add(frozenset(subject))
+                case "take away":
+                    device, identifier = subject
+                    recognizer.unlink(Identifier("anonymous_id", device), identifier)
+                    oracle.unlinked.add(frozenset((("anonymous_id", device), identifier)))
+                case "release":
+                    device, at = subject
+                    recognizer.release(device, at)
+                    until = max([at, *(claim[0] for claim in oracle.claims(device))])
+                    oracle.released[device] = max(until, oracle.released.get(device, -1))
+                case "forget":
+                    identifier, at = subject
+                    recognizer.forget(identifier, at)
+                    oracle.forget(identifier, at)
+            pipeline.deliver()
 
     assert pipeline.warehouse.tables.get("events", {}).keys() == {
         event.message_id for event in oracle.events

@@ -503,9 +503,9 @@ def test_forget_needs_a_known_identifier(graph: Graph) -> None:
 NO_REFERENCES = TableRules(references=References.NONE, supersede=Supersede.VERSION)
 
 
-def test_a_forgotten_person_may_come_back() -> None:
+def test_a_forgotten_person_may_come_back(graph: Graph) -> None:
     """Events after the moment of forgetting make a new person, in any number of batches."""
-    line = Line(SqliteGraph(":memory:"))
+    line = Line(graph)
     line.take(make_event("m1", 1, "d1", user_id="u1"))
     line.recognizer.forget(U1, at=5)
     line.take(make_event("m2", 6, "d1", user_id="u1"))

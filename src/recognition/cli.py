@@ -52,7 +52,7 @@ from recognition.layouts import LAYOUTS, Row
 from recognition.messages import VERSION_COLUMN, UpdateByCriteria, json_schema, read_updates
 from recognition.planner import Plan, plan_updates
 from recognition.recognizer import Recognition, Recognizer
-from recognition.rules import Supersede
+from recognition.rules import Rules, Supersede
 from recognition.sinks import Applied, Sink, installed_schemes, open_sink
 
 _DONE, _REJECTED, _WRONG, _FAILED = 0, 1, 2, 3
@@ -531,13 +531,26 @@ def _open_existing(url: str) -> Graph | None:
 def _explain(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     with closing(_graph(settings)) as graph:
-        recognizer = Recognizer(graph, build_rules(settings, stamps=True))
+        recognizer = Recognizer(graph, _decided_rules(arguments, settings, graph))
         found = recognizer.explain(_subject(arguments.subject, recognizer))
     if arguments.json:
         _print_json(_plain(found))
     else:
         _print_explanation(arguments.subject, found)
     return _DONE if found.found else _REJECTED
+
+
+def _decided_rules(arguments: argparse.Namespace, settings: Settings, graph: Graph) -> Rules:
+    """The rules that the graph was decided with, where the command line does not name others."""
+    rules = build_rules(settings, stamps=True)
+    decided_with = graph.decided_with(rules.workspace)
+    if decided_with is None:
+        return rules
+    return rules.as_decided(
+        decided_with,
+        attribution=arguments.policy is None and arguments.lookback_days is None,
+        target=arguments.target_column is None,
+    )
 
 
 def _forget(arguments: argparse.Namespace) -> int:
@@ -566,7 +579,8 @@ def _undo(arguments: argparse.Namespace, undo: Callable[[Recognizer], int]) -> i
     with ExitStack() as stack:
         graph = stack.enter_context(closing(_graph(settings)))
         sink = _open_sink(settings, stack)
-        result = {"updates": undo(Recognizer(graph, build_rules(settings, stamps=True)))}
+        rules = _decided_rules(arguments, settings, graph)
+        result = {"updates": undo(Recognizer(graph, rules))}
         rejects: list[str] = []
         if sink is not None:
             done = deliver(graph, sink)

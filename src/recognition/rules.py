@@ -7,14 +7,19 @@ It holds values and refuses combinations that no table could keep. It never read
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from recognition.attribution import DAY, AttributionRules, Policy
+from recognition.attribution import AttributionRules, Policy
 from recognition.errors import ConfigurationError, UnsupportedPolicyError
 from recognition.identity import IdentityRules
 from recognition.layouts import LAYOUTS, Layout, Row
+
+#: What must not change once a workspace was decided with it. The target column may: what was
+#: decided before is just not written into the new one.
+_BINDING = ("policy", "lookback", "types")
 
 
 class References(StrEnum):
@@ -123,20 +128,46 @@ class Rules:
         Raises:
             ConfigurationError: They differ; the text names what was found and what is needed.
         """
-        if decided_with != self.fingerprint:
+        found, asked = json.loads(decided_with), json.loads(self.fingerprint)
+        differ = [name for name in _BINDING if found[name] != asked[name]]
+        if differ:
+            held = ", ".join(f"{name} {found[name]}" for name in differ)
+            wanted = ", ".join(f"{name} {asked[name]}" for name in differ)
             raise ConfigurationError(
-                f"workspace {self.workspace!r} of this graph was decided with {decided_with}; asked"
-                f" for is {self.fingerprint}. Use the same settings, or another graph, and read the"
-                " events again into it. Nothing was written."
+                f"workspace {self.workspace!r} of this graph was decided with {held}; asked for is"
+                f" {wanted}. Use the same settings, or another graph, and read the events again"
+                " into it. Nothing was written."
             )
+
+    def as_decided(self, decided_with: str, *, attribution: bool, target: bool) -> Rules:
+        """
+        These rules, with what a graph was decided with in the place of what nobody asked for.
+
+        Args:
+            decided_with: `fingerprint` of those rules.
+            attribution: Take over policy and look-back.
+            target: Take over the target column.
+        """
+        found = json.loads(decided_with)
+        taken = self
+        if attribution:
+            decided = AttributionRules(policy=found["policy"], lookback=found["lookback"])
+            taken = replace(taken, attribution=decided)
+        return replace(taken, target_column=found["target_column"]) if target else taken
 
     @property
     def fingerprint(self) -> str:
-        """What all decisions of a workspace have in common, as text."""
-        identity, attribution = self.identity, self.attribution
+        """What all decisions of a workspace have in common, as JSON."""
+        identity = self.identity
         known = [f"{name}{'!' if name in identity.unique else ''}" for name in identity.known]
-        days = attribution.lookback / DAY
-        return f"policy {attribution.policy}, lookback {days:g} days, types {' > '.join(known)}"
+        return json.dumps(
+            {
+                "policy": self.attribution.policy.value,
+                "lookback": self.attribution.lookback,
+                "types": " > ".join(known),
+                "target_column": self.target_column,
+            }
+        )
 
     @property
     def has_own_column(self) -> bool:

@@ -99,6 +99,9 @@ class Graph(Protocol):
     def explain(self, rules: Rules, subject: Identifier | str) -> Explanation:
         """Why an identifier, or a message (given by its id), belongs to its person."""
 
+    def decided_with(self, workspace: str) -> str | None:
+        """`Rules.fingerprint` of the workspace's first decision; ``None`` before it."""
+
     def lease_updates(self, limit: int, seconds: float) -> list[Delivery]:
         """
         Take up to ``limit`` updates out, oldest first, hidden from others for ``seconds``.
@@ -164,6 +167,11 @@ class StoredGraph(ABC):
         """See `Graph.explain`."""
         with self._transaction(rules.workspace, write=False) as store:
             return explain(store, rules, subject)
+
+    def decided_with(self, workspace: str) -> str | None:
+        """See `Graph.decided_with`."""
+        with self._transaction(workspace, write=False) as store:
+            return store.decided_with("") or None
 
     def rehearse(self) -> Graph:
         """See `Graph.rehearse`."""
