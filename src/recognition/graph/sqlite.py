@@ -178,10 +178,14 @@ class SqliteGraph(StoredGraph):
                 check_same_thread=False,
                 cached_statements=512,
             )
-            connection.execute("PRAGMA cache_size = -65536")
-            # 16 MB of log before it is folded back: a page that many batches write is then copied
-            # once (https://www.sqlite.org/wal.html#performance_considerations).
-            connection.execute("PRAGMA wal_autocheckpoint = 4000")
+            try:
+                connection.execute("PRAGMA cache_size = -65536")
+                # 16 MB of log before it is folded back: a page that many batches write is then copied
+                # once (https://www.sqlite.org/wal.html#performance_considerations).
+                connection.execute("PRAGMA wal_autocheckpoint = 4000")
+            except BaseException:
+                connection.close()
+                raise
             return connection
 
     def _prepare(self) -> None:
