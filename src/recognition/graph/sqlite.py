@@ -180,8 +180,8 @@ class SqliteGraph(StoredGraph):
             )
             try:
                 connection.execute("PRAGMA cache_size = -65536")
-                # 16 MB of log before it is folded back: a page that many batches write is then copied
-                # once (https://www.sqlite.org/wal.html#performance_considerations).
+                # 16 MB of log before it is folded back: a page that many batches write is copied
+                # once then (https://www.sqlite.org/wal.html#performance_considerations).
                 connection.execute("PRAGMA wal_autocheckpoint = 4000")
             except BaseException:
                 connection.close()
