@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from mongod import GivenServer
 
 # The same examples in every run, so that a change is judged by its own tests. To look for more:
 # HYPOTHESIS_PROFILE=default.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
-_ENGINES = ("pydantic", "sqlalchemy", "duckdb", "pyarrow", "hypothesis")
+_ENGINES = ("pydantic", "sqlalchemy", "duckdb", "pyarrow", "pymongo", "hypothesis")
 
 
 def pytest_report_header() -> str:
@@ -24,4 +30,26 @@ def pytest_report_header() -> str:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             found.append(f"{package} missing")
+    try:
+        from mongod import describe
+    except ImportError:  # no pymongo; whatever needs no MongoDB is still tested
+        pass
+    else:
+        found.append(describe())
     return f"engines: {', '.join(found)}"
+
+
+@pytest.fixture(scope="session")
+def mongodb() -> Iterator[GivenServer]:
+    """A MongoDB server; started when the first test asks, one for each worker of xdist."""
+    from mongod import open_server
+
+    with open_server() as server:
+        yield server
+
+
+@pytest.fixture
+def mongodb_url(mongodb: GivenServer) -> Iterator[str]:
+    """The URL of a database of the test's own, which is dropped afterwards."""
+    with mongodb.database() as url:
+        yield url

@@ -19,7 +19,7 @@ from recognition.events import Identifier
 from recognition.graph import Delivery, Explanation, Graph, GraphStats, Observation, Outcome
 from recognition.graph.decisions import Receipt
 from recognition.graph.memory import MemoryGraph
-from recognition.graph.store import References, Store, StoredLink, Timeline, Trait
+from recognition.graph.store import Rows, Store, StoredLink, Timeline, Trait
 from recognition.messages import Messages, UpdateByCriteria
 from recognition.rules import Rules, TableRules
 from recognition.testing import GraphTests, graphs
@@ -129,17 +129,31 @@ def forgets_only_the_known(store: Store, identifiers: Mapping[Identifier, int], 
     store.forget({i: handle for i, handle in identifiers.items() if handle}, until)
 
 
-def references_before_midnight_lost(store: Store, subject: int, start: int, end: int) -> References:
-    found = store.references(subject, start, end)
+def references_before_midnight_lost(
+    store: Store, windows: Mapping[int, tuple[int, int]]
+) -> dict[int, Rows]:
     return {
-        tables: {m: time for m, time in refs.items() if (time + 1) % DAY}
-        for tables, refs in found.items()
+        subject: rows._replace(
+            references={
+                tables: {m: time for m, time in refs.items() if (time + 1) % DAY}
+                for tables, refs in rows.references.items()
+            }
+        )
+        for subject, rows in store.rows(windows).items()
     }
 
 
-def ten_thousand_references(store: Store, subject: int, start: int, end: int) -> References:
-    found = store.references(subject, start, end)
-    return {tables: dict([*refs.items()][:10_000]) for tables, refs in found.items()}
+def ten_thousand_references(
+    store: Store, windows: Mapping[int, tuple[int, int]]
+) -> dict[int, Rows]:
+    return {
+        subject: rows._replace(
+            references={
+                tables: dict([*refs.items()][:10_000]) for tables, refs in rows.references.items()
+            }
+        )
+        for subject, rows in store.rows(windows).items()
+    }
 
 
 def ten_thousand_timelines(store: Store, anonymous_ids: Collection[str]) -> dict[str, Timeline]:
@@ -386,7 +400,7 @@ def whole(graph: Callable[[], Graph]) -> Callable[[], tuple[Graph, Reopen]]:
 
 DEFECTS: dict[str, Callable[[], tuple[Graph, Reopen]]] = {
     "test_stamps_events_of_a_known_device": whole(StampsNothing),
-    "test_claim_updates_the_rows_before_it": below(references=finds_nothing),
+    "test_claim_updates_the_rows_before_it": below(rows=finds_nothing),
     "test_updates_come_in_the_order_of_their_sequence": below(next_sequence=lambda store: 7),
     "test_ids_of_updates_follow_from_what_they_say": whole(RandomIds),
     "test_same_batch_again_changes_nothing": below(claims=finds_nothing),
@@ -424,9 +438,9 @@ DEFECTS: dict[str, Callable[[], tuple[Graph, Reopen]]] = {
     "test_every_table_of_an_event_is_updated": whole(lambda: SeesOtherwise(first_table)),
     "test_ids_of_all_shapes": whole(lambda: SeesOtherwise(in_lower_case)),
     "test_times_are_kept_to_the_microsecond": whole(lambda: SeesOtherwise(in_milliseconds)),
-    "test_references_of_many_days": below(references=references_before_midnight_lost),
+    "test_references_of_many_days": below(rows=references_before_midnight_lost),
     "test_expire_drops_old_days_only": whole(ExpiresTooMuch),
-    "test_device_with_very_many_events": below(references=ten_thousand_references),
+    "test_device_with_very_many_events": below(rows=ten_thousand_references),
     "test_batch_with_very_many_devices": below(timelines=ten_thousand_timelines),
     "test_lease_hides_updates": whole(LeasesHideNothing),
     "test_lease_that_ended_brings_updates_back": whole(LeasesForEver),

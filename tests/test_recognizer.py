@@ -331,7 +331,7 @@ def test_a_stamped_row_has_its_version(graph: Graph) -> None:
     )
     rows = {row["message_id"]: row[VERSION_COLUMN] for row in recognizer.rows(done)["events"]}
 
-    assert rows == {"m1": done.sequence, "m2": None, "m3": None}
+    assert rows == {"m1": done.versions[0], "m2": None, "m3": None}
 
 
 def test_one_track_has_two_rows_and_both_are_updated(graph: Graph) -> None:

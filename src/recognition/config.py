@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Annotated, Any, Self, get_args, get_origin
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    SecretStr,
     ValidationError,
     model_validator,
 )
@@ -49,11 +51,19 @@ def _split(value: Any) -> Any:
     return value
 
 
+def _long_enough(key: SecretStr | None) -> SecretStr | None:
+    if key is not None and len(key) < 16:
+        raise ValueError("a key has at least 16 characters")
+    return key
+
+
 Words = Annotated[tuple[str, ...], BeforeValidator(_split)]
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True
+    )
 
 
 class IdentifierTable(_Table):
@@ -160,6 +170,12 @@ class Settings(_Table):
     """Values that never identify anybody, beside the built-in ones; any case."""
     blocked_patterns: Words = ()
     """Regular expressions of such values; they match the whole value."""
+    hashed: Words = ()
+    """The types of known identifiers whose values leave the process as keyed hashes only, for
+    example `email`; neither `user_id` nor `anonymous_id`."""
+    hash_key: Annotated[SecretStr | None, AfterValidator(_long_enough)] = None
+    """The secret of these hashes, at least 16 characters, the same for all workers of a graph.
+    Usually from the environment, as `RECOGNITION_HASH_KEY`."""
     bots: str | None = None
     """A regular expression of user agents to skip; empty: none. Unset: the built-in one."""
     format: str | FormatTable | None = None
@@ -318,6 +334,7 @@ def build_rules(settings: Settings, *, stamps: bool) -> Rules:
         ConfigurationError: Two settings contradict each other, or a name is unknown.
     """
     default = TableRules(references=settings.references, supersede=settings.supersede)
+    _refuse_plain_traits(settings)
     try:
         return Rules(
             workspace=settings.workspace,
@@ -343,7 +360,7 @@ def build_rules(settings: Settings, *, stamps: bool) -> Rules:
 
 
 def _build_identity(settings: Settings) -> IdentityRules:
-    default = IdentityRules()
+    default, key = IdentityRules(), settings.hash_key
     known, unique, lowered = list(default.known), set(default.unique), set(default.lowered)
     for identifier in settings.identifiers:
         if identifier.type not in known:
@@ -358,7 +375,30 @@ def _build_identity(settings: Settings) -> IdentityRules:
         max_identifiers=settings.max_identifiers,
         blocked=frozenset(settings.blocked),
         blocked_patterns=settings.blocked_patterns,
+        hashed=frozenset(settings.hashed),
+        # Bytes of the environment that are no text come as surrogates; as bytes they are a key.
+        hash_key=None if key is None else key.get_secret_value().encode("utf-8", "surrogateescape"),
     )
+
+
+def _refuse_plain_traits(settings: Settings) -> None:
+    """A hashed type may be found in a trait of another name; the rules know its own name only."""
+    if not settings.hashed or not settings.traits:
+        return
+    read = build_format(settings)
+    for form in [read] if isinstance(read, Format) else read.values():
+        between = form.separator or "."
+        places = [between.join(place) + between for place in form.traits]
+        for type in settings.hashed:
+            for path in map(between.join, form.known.get(type, ())):
+                for place in places:
+                    trait = path.removeprefix(place)
+                    if path.startswith(place) and trait in settings.traits:
+                        raise ConfigurationError(
+                            f"traits names {trait}, in which {type} is found, which is hashed:"
+                            " graph and updates would hold the plain value. Take it out of traits,"
+                            " or out of hashed. Nothing was written."
+                        )
 
 
 def _build_layout(layout: str | LayoutTable) -> Layout:

@@ -11,10 +11,12 @@ order (explicit ones first, then by time and message id) decides everything.
 4. A link that was unlinked never joins again.
 5. The canonical identifier of a person is the one of the highest priority; among equals the one
    seen first. One that was only ever named as somebody's previous id comes after those seen.
+6. A value of a hashed type is compared, and handed on, as its keyed hash only.
 """
 
 from __future__ import annotations
 
+import hmac
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +27,14 @@ from typing import NamedTuple
 from recognition.events import Identifier
 
 ANONYMOUS = "anonymous_id"
+
+# Bytes. Whoever guesses the key finds every phone number by trying all of them; 128 bits are beyond
+# guessing if they are random (https://www.rfc-editor.org/rfc/rfc2104#section-3 advises 256).
+_SHORTEST_KEY = 16
+
+# Says in rows and messages that it is a hash, and tells it from a plain value that looks like one:
+# e-mail addresses do arrive as bare SHA-256.
+_HASH = re.compile(r"hmac:[0-9a-f]{64}")
 
 # PostHog's and Segment's published lists together, and JavaScript's and Python's ways to print
 # "nothing" (https://posthog.com/docs/product-analytics/identify,
@@ -60,6 +70,13 @@ class IdentityRules:
         max_per_type: The most that a person may have of one type, where it differs.
         blocked: Values that never identify anybody, beside the built-in ones; any case.
         blocked_patterns: Regular expressions of such values; they match the whole value.
+        hashed: The types whose values leave the process as keyed hashes only. Neither
+            ``anonymous_id`` nor ``user_id``: rows are found by the one and receive the other.
+        hash_key: The secret of these hashes, at least 16 bytes, the same for all workers of a
+            graph. Another key makes other persons.
+
+    Raises:
+        ValueError: Two of these contradict each other; the text never holds the key.
     """
 
     known: tuple[str, ...] = ("user_id", "email", "phone")
@@ -69,13 +86,28 @@ class IdentityRules:
     max_per_type: Mapping[str, int] = field(default_factory=dict)
     blocked: frozenset[str] = frozenset()
     blocked_patterns: tuple[str, ...] = ()
+    hashed: frozenset[str] = frozenset()
+    hash_key: bytes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if ANONYMOUS in self.known:
             raise ValueError("anonymous_id is no known identifier")
-        unknown = (self.unique | self.lowered) - set(self.known)
+        for type, why in ((ANONYMOUS, "rows are found by it"), ("user_id", "rows receive it")):
+            if type in self.hashed:
+                raise ValueError(f"{type} cannot be hashed: {why}")
+        unknown = (self.unique | self.lowered | self.hashed) - set(self.known)
         if unknown:
-            raise ValueError(f"unique or lowered names a type that is not known: {sorted(unknown)}")
+            raise ValueError(
+                f"unique, lowered or hashed names a type that is not known: {sorted(unknown)}"
+            )
+        if self.hashed and self.hash_key is None:
+            raise ValueError(
+                f"hashed names {', '.join(sorted(self.hashed))}, and there is no hash_key: it needs"
+                f" a secret of at least {_SHORTEST_KEY} bytes, the same for all workers"
+            )
+        key = self.hash_key
+        if key is not None and not (isinstance(key, bytes) and len(key) >= _SHORTEST_KEY):
+            raise ValueError(f"hash_key is bytes, at least {_SHORTEST_KEY} of them")
         if self.max_identifiers < 1 or any(limit < 1 for limit in self.max_per_type.values()):
             raise ValueError("a limit is at least 1")
         object.__setattr__(self, "blocked", frozenset(value.lower() for value in self.blocked))
@@ -89,12 +121,44 @@ class IdentityRules:
         """0 is the highest; a type that is not listed comes last."""
         return self.known.index(type) if type in self.known else len(self.known)
 
+    @property
+    def hashing(self) -> str:
+        """
+        The hashed types and a fingerprint of the key; ``nothing`` where no type is hashed.
 
-def normalise(identifier: Identifier, rules: IdentityRules) -> Identifier:
-    """The form in which identifiers are compared; what was seen is kept elsewhere."""
+        Equal for equal persons; it tells two keys apart and gives neither away.
+        """
+        if not self.hashed or self.hash_key is None:
+            return "nothing"
+        # No identifier is hashed like this: those have a NUL between type and value.
+        mark = hmac.digest(self.hash_key, b"recognition hash key", "sha256").hex()[:8]
+        return f"{' + '.join(sorted(self.hashed))} (key fingerprint {mark})"
+
+
+def normalise(identifier: Identifier, rules: IdentityRules, *, by_hash: bool = False) -> Identifier:
+    """
+    The form in which identifiers are compared; what was seen is kept elsewhere.
+
+    A value of a hashed type becomes ``hmac:`` and the HMAC-SHA256, in hexadecimal digits, of its
+    type, a NUL and the value that would be compared otherwise, in UTF-8.
+
+    Args:
+        identifier: As seen.
+        rules: Whose case means nothing, and what is hashed with which key.
+        by_hash: Such a hash stands for itself. Never for events, where it is hashed again: nobody
+            becomes another person by sending what a row shows.
+    """
     value = identifier.value.strip()
     if identifier.type in rules.lowered:
         value = value.lower()
+    if (
+        rules.hash_key is not None
+        and identifier.type in rules.hashed
+        and not (by_hash and _HASH.fullmatch(value))
+    ):
+        # What comes from a command line may hold bytes that are no text.
+        message = f"{identifier.type}\0{value}".encode("utf-8", "surrogatepass")
+        value = f"hmac:{hmac.digest(rules.hash_key, message, 'sha256').hex()}"
     return identifier if value == identifier.value else Identifier(identifier.type, value)
 
 

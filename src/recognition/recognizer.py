@@ -36,8 +36,9 @@ class Recognition:
     names_user: tuple[bool, ...]
     """Whether the event's own row holds a user id; it is stamped in a column of its own only."""
     receipt: Receipt
-    sequence: int
-    """The version of the stamped rows, for tables that have ``recognition_version``."""
+    versions: tuple[int, ...]
+    """The version of each event's row, for tables that have ``recognition_version``; 0 where
+    nobody is stamped."""
     anonymous: int
     """Events without a known identifier, bots not counted."""
     identified: int
@@ -105,12 +106,14 @@ class Recognizer:
             positions.append(position)
         outcome = self._graph.observe(self._rules, observations)
         owners: list[Owner | None] = [None] * len(events)
+        versions = [0] * len(events)
         names_user = [True] * len(events)
         stamped = 0
-        for position, observation, owner in zip(
-            positions, observations, outcome.owners, strict=True
+        for position, observation, owner, version in zip(
+            positions, observations, outcome.owners, outcome.versions, strict=True
         ):
             owners[position] = owner
+            versions[position] = version
             names_user[position] = observation.names_user
             stamped += owner is not None and not observation.known
         return Recognition(
@@ -118,7 +121,7 @@ class Recognizer:
             owners=tuple(owners),
             names_user=tuple(names_user),
             receipt=outcome.receipt,
-            sequence=outcome.sequence,
+            versions=tuple(versions),
             anonymous=len(observations) - identified,
             identified=identified,
             stamped=stamped,
@@ -138,8 +141,12 @@ class Recognizer:
         """
         rules = self._rules
         found: dict[str, list[Row]] = {}
-        for event, owner, names_user in zip(
-            recognition.events, recognition.owners, recognition.names_user, strict=True
+        for event, owner, names_user, version in zip(
+            recognition.events,
+            recognition.owners,
+            recognition.names_user,
+            recognition.versions,
+            strict=True,
         ):
             stamp = owner if rules.stamps and (rules.has_own_column or not names_user) else None
             for table in rules.layout.tables_of(event):
@@ -152,7 +159,7 @@ class Recognizer:
                 if stamp is not None:
                     row.update(rules.values_of(table, stamp.id, stamp.traits))
                     if versioned:
-                        row[VERSION_COLUMN] = recognition.sequence
+                        row[VERSION_COLUMN] = version
                 found.setdefault(table, []).append(row)
         return found
 
@@ -238,7 +245,8 @@ class Recognizer:
         return self._graph.explain(self._rules, subject.strip())
 
     def _normalise(self, identifier: Identifier) -> Identifier:
-        return normalise(identifier, self._rules.identity)
+        """As the graph has it: by the plain value, or by the hash that rows and `explain` show."""
+        return normalise(identifier, self._rules.identity, by_hash=True)
 
     def _reduce(self, event: Event) -> tuple[Observation, int]:
         """What the graph needs of an event, and how many of its identifiers are blocked."""
@@ -264,6 +272,16 @@ class Recognizer:
             kept.sort()
             known = tuple([normalise(identifier, identity) for _, identifier in kept])
             as_seen = tuple([identifier.value for _, identifier in kept])
+        traits = event.traits
+        if identity.hashed:
+            # Beyond this line nothing holds the plain value of a hashed type.
+            as_seen = tuple(
+                [
+                    identifier.value if identifier.type in identity.hashed else seen
+                    for identifier, seen in zip(known, as_seen, strict=True)
+                ]
+            )
+            traits = {name: traits[name] for name in self._rules.traits if name in traits}
         previous = event.previous_id
         if previous is not None and (previous == anonymous_id or is_blocked(previous, identity)):
             previous = None
@@ -276,7 +294,7 @@ class Recognizer:
             names_user,
             previous,
             self._rules.layout.tables_of(event),
-            event.traits,
+            traits,
         ), blocked
 
 

@@ -15,11 +15,11 @@ from enum import StrEnum
 from recognition.attribution import AttributionRules, Policy
 from recognition.errors import ConfigurationError, UnsupportedPolicyError
 from recognition.identity import IdentityRules
-from recognition.layouts import LAYOUTS, Layout, Row
+from recognition.layouts import LAYOUTS, Layout, Row, snake_case
 
 #: What must not change once a workspace was decided with it. The target column may: what was
 #: decided before is just not written into the new one.
-_BINDING = ("policy", "lookback", "types")
+_BINDING = ("policy", "lookback", "types", "hashed")
 
 
 class References(StrEnum):
@@ -27,6 +27,9 @@ class References(StrEnum):
 
     IDS = "ids"
     """Message id and time: exact, and the time bounds of every update are tight."""
+    DAYS = "days"
+    """The days on which a device has rows: updates go by device and day, and only where there
+    is something to update."""
     NONE = "none"
     """Nothing: 0 bytes; updates go by device and the time range of the span."""
 
@@ -94,6 +97,12 @@ class Rules:
     def __post_init__(self) -> None:
         if not self.workspace.strip():
             raise ConfigurationError("workspace is empty; every identifier lies inside one")
+        plain = [name for name in self.traits if self._is_hashed(name)]
+        if plain:
+            raise ConfigurationError(
+                f"traits names {', '.join(plain)}, which is hashed: graph and updates would hold"
+                " the plain value. Take it out of traits, or out of hashed. Nothing was written."
+            )
         for table, rules in {"default": self.default, **self.tables}.items():
             kept = rules.references is References.IDS
             supersede = self._resolve(rules)
@@ -128,7 +137,9 @@ class Rules:
         Raises:
             ConfigurationError: They differ; the text names what was found and what is needed.
         """
-        found, asked = json.loads(decided_with), json.loads(self.fingerprint)
+        # Graphs of before there were hashes say nothing of them.
+        found = {"hashed": "nothing", **json.loads(decided_with)}
+        asked = json.loads(self.fingerprint)
         differ = [name for name in _BINDING if found[name] != asked[name]]
         if differ:
             held = ", ".join(f"{name} {found[name]}" for name in differ)
@@ -165,6 +176,7 @@ class Rules:
                 "policy": self.attribution.policy.value,
                 "lookback": self.attribution.lookback,
                 "types": " > ".join(known),
+                "hashed": identity.hashing,
                 "target_column": self.target_column,
             }
         )
@@ -198,9 +210,17 @@ class Rules:
         """How recognised rows are told apart; never `Supersede.AUTO`."""
         return self._resolve(self.tables.get(table, self.default))
 
+    def references_of(self, table: str) -> References:
+        """What is kept of the rows of this table."""
+        return self.tables.get(table, self.default).references
+
     def keeps_references(self, table: str) -> bool:
         """Whether message ids and times are kept for the rows of this table."""
-        return self.tables.get(table, self.default).references is References.IDS
+        return self.references_of(table) is References.IDS
+
+    def _is_hashed(self, trait: str) -> bool:
+        hashed = {type.lower() for type in self.identity.hashed}
+        return not hashed.isdisjoint((trait.lower(), snake_case(trait)))
 
     @staticmethod
     def _resolve(rules: TableRules) -> Supersede:

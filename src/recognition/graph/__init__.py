@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import NamedTuple, Protocol, Self, runtime_checkable
+from typing import NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 from recognition.errors import MissingDependencyError, UnknownSchemeError
 from recognition.events import Identifier
@@ -37,6 +37,9 @@ __all__ = [
     "StoredGraph",
     "open_graph",
 ]
+
+
+_Result = TypeVar("_Result")
 
 
 class Delivery(NamedTuple):
@@ -135,42 +138,51 @@ class StoredGraph(ABC):
     """A graph that decides inside a transaction of its `Store`; the rest is up to the backend."""
 
     @abstractmethod
-    def _transaction(self, workspace: str, *, write: bool = True) -> AbstractContextManager[Store]:
-        """One transaction: committed at the end, undone by an exception."""
+    def _run(self, workspace: str, work: Callable[[Store], _Result]) -> _Result:
+        """
+        Do the work in one transaction: committed at its end, undone by an exception.
+
+        The work may be done again from the start, where somebody else was in the way.
+        """
+
+    @abstractmethod
+    def _reader(self, workspace: str) -> AbstractContextManager[Store]:
+        """A transaction that only reads, and sees one moment for as long as it is open."""
 
     def observe(self, rules: Rules, observations: Sequence[Observation]) -> Outcome:
         """See `Graph.observe`."""
-        with self._transaction(rules.workspace) as store:
-            return decisions.observe(store, rules, observations)
+        return self._run(
+            rules.workspace, lambda store: decisions.observe(store, rules, observations)
+        )
 
     def recheck(self, rules: Rules, receipt: Receipt) -> int:
         """See `Graph.recheck`."""
-        with self._transaction(rules.workspace) as store:
-            return decisions.recheck(store, rules, receipt)
+        return self._run(rules.workspace, lambda store: decisions.recheck(store, rules, receipt))
 
     def unlink(self, rules: Rules, one: Identifier, other: Identifier) -> int:
         """See `Graph.unlink`."""
-        with self._transaction(rules.workspace) as store:
-            return decisions.unlink(store, rules, one, other)
+        return self._run(rules.workspace, lambda store: decisions.unlink(store, rules, one, other))
 
     def release(self, rules: Rules, anonymous_id: str, at: int) -> int:
         """See `Graph.release`."""
-        with self._transaction(rules.workspace) as store:
-            return decisions.release(store, rules, anonymous_id, at)
+        return self._run(
+            rules.workspace, lambda store: decisions.release(store, rules, anonymous_id, at)
+        )
 
     def forget(self, rules: Rules, identifier: Identifier, at: int) -> int:
         """See `Graph.forget`."""
-        with self._transaction(rules.workspace) as store:
-            return decisions.forget(store, rules, identifier, at)
+        return self._run(
+            rules.workspace, lambda store: decisions.forget(store, rules, identifier, at)
+        )
 
     def explain(self, rules: Rules, subject: Identifier | str) -> Explanation:
         """See `Graph.explain`."""
-        with self._transaction(rules.workspace, write=False) as store:
+        with self._reader(rules.workspace) as store:
             return explain(store, rules, subject)
 
     def decided_with(self, workspace: str) -> str | None:
         """See `Graph.decided_with`."""
-        with self._transaction(workspace, write=False) as store:
+        with self._reader(workspace) as store:
             return store.decided_with("") or None
 
     def rehearse(self) -> Graph:
@@ -178,10 +190,6 @@ class StoredGraph(ABC):
         from recognition.graph.memory import MemoryGraph
 
         return MemoryGraph(below=self._reader)
-
-    @abstractmethod
-    def _reader(self, workspace: str) -> AbstractContextManager[Store]:
-        """A transaction that only reads, and sees one moment for as long as it is open."""
 
     @abstractmethod
     def close(self) -> None:

@@ -35,6 +35,7 @@ from typing import NamedTuple
 
 from recognition.attribution import (
     BEGINNING,
+    DAY,
     END,
     Change,
     Claim,
@@ -46,7 +47,7 @@ from recognition.attribution import (
 )
 from recognition.errors import InputError
 from recognition.events import Identifier
-from recognition.graph.store import Known, Reference, Store, StoredLink, Trait
+from recognition.graph.store import Day, Known, Reference, Rows, Store, StoredLink, Trait
 from recognition.identity import Link, Seen, link_of, links_of, resolve
 from recognition.messages import (
     VERSION_COLUMN,
@@ -59,7 +60,7 @@ from recognition.messages import (
     UpdateByCriteria,
     decide_id,
 )
-from recognition.rules import Rules, Supersede
+from recognition.rules import References, Rules, Supersede
 
 USER_ID = "user_id"
 
@@ -129,9 +130,9 @@ class Outcome:
     """The owners of a batch's events, in their order, and what became of the graph."""
 
     owners: list[Owner | None]
-    sequence: int
-    """What stamped rows hold as their version: later than all updates before, earlier than all
-    after."""
+    versions: list[int]
+    """What each event's row holds as its version when it is stamped: not less than the sequence of
+    any update about it before, less than that of all after. 0 where nobody is stamped."""
     receipt: Receipt
     counts: Counts
 
@@ -144,6 +145,18 @@ class _Device:
     released_until: int = -1
     claims: list[Claim] = field(default_factory=list)
     fresh: bool = False
+
+
+class _Rewrite(NamedTuple):
+    """The rows of a timeline in a span that changed."""
+
+    timeline: int
+    anonymous_id: str
+    change: Change
+    message_id: str | None
+
+
+_NO_ROWS = Rows({}, {})
 
 
 def observe(store: Store, rules: Rules, observations: Sequence[Observation]) -> Outcome:
@@ -167,6 +180,51 @@ def recheck(store: Store, rules: Rules, receipt: Receipt) -> int:
         return 0
     batch = _Decision(store, rules)
     return batch.recheck(receipt)
+
+
+def catch_up(
+    store: Store, rules: Rules, missed: Mapping[int, tuple[Rows, tuple[int, int]]], tables: set[str]
+) -> int:
+    """
+    Emit updates for rows that a decision could not see, because they came while it was taken.
+
+    Args:
+        store: One transaction, begun after that decision was durable.
+        rules: How the workspace is decided.
+        missed: By timeline, the rows that it did not see, and the window that it changed.
+        tables: Tables that were first seen in between.
+
+    Returns:
+        The number of updates.
+    """
+    return _Decision(store, rules).catch_up(missed, tables)
+
+
+def device_rows(
+    rules: Rules, observations: Sequence[Observation]
+) -> tuple[list[tuple[str, Observation]], list[tuple[str, Observation]]]:
+    """
+    The rows of a batch that belong to their device, with its anonymous id.
+
+    Returns:
+        Those whose references are kept, and those of which the day is kept.
+    """
+    follow = rules.identified_follow_device
+    by_tables: dict[tuple[str, ...], tuple[bool, bool]] = {}
+    ids: list[tuple[str, Observation]] = []
+    days: list[tuple[str, Observation]] = []
+    for o in observations:
+        if o.anonymous_id is None or (o.known and not follow):
+            continue
+        kept = by_tables.get(o.tables)
+        if kept is None:
+            modes = {rules.references_of(table) for table in o.tables}
+            kept = by_tables[o.tables] = (References.IDS in modes, References.DAYS in modes)
+        if kept[0]:
+            ids.append((o.anonymous_id, o))
+        if kept[1]:
+            days.append((o.anonymous_id, o))
+    return ids, days
 
 
 def unlink(store: Store, rules: Rules, one: Identifier, other: Identifier) -> int:
@@ -219,6 +277,8 @@ class _Decision:
         self._links: list[tuple[int, set[int], list[StoredLink]]] = []
         # What the traits of a person (by its canonical handle) were, where this batch changed them.
         self._old_traits: dict[int, tuple[str | int | float | bool | None, ...]] = {}
+        # Claims whose rows look anonymous, by timeline, in all windows that are written.
+        self._soft: dict[int, Sequence[Claim]] = {}
         self._now = datetime.now(UTC)
 
     # ---------------------------------------------------------------- a batch of events
@@ -298,7 +358,7 @@ class _Decision:
         fallback = next((o.message_id for o in living if o.known), None)
         self._carry_out(devices, new_claims, persons, told, fallback)
 
-        owners = self._owners(living, devices, handles)
+        owners, subjects = self._owners(living, devices, handles)
         if not rules.stamps:
             self._write_rows(living, [None] * len(living), owners, devices, handles)
         self._outlast(living, owners, devices, new_claims)
@@ -309,9 +369,17 @@ class _Decision:
         else:
             # The rows carry nobody, whatever was decided: all of them are looked at again.
             receipt = Receipt(-1, tuple(living), (None,) * len(living))
-        return Outcome(owners, store.next_sequence(), receipt, self._counts)
+        stamped = {s for s, owner in zip(subjects, owners, strict=True) if owner is not None}
+        versions = store.versions(stamped)
+        return Outcome(owners, [versions.get(s, 0) for s in subjects], receipt, self._counts)
 
     def recheck(self, receipt: Receipt) -> int:
+        self._rewrite(receipt)
+        self._finish()
+        return self._counts.updates
+
+    def _rewrite(self, receipt: Receipt) -> None:
+        """The rows of a receipt get the owners of now."""
         observations = receipt.observations
         identifiers = {i for o in observations for i in o.known}
         known = self._store.identifiers(identifiers) if identifiers else {}
@@ -321,10 +389,8 @@ class _Decision:
             if o.anonymous_id is not None:
                 _widen(ranges, o.anonymous_id, o.time)
         devices = self._devices(ranges, {}, [])
-        owners = self._owners(observations, devices, handles)
+        owners, _ = self._owners(observations, devices, handles)
         self._write_rows(observations, receipt.stamped, owners, devices, handles)
-        self._finish()
-        return self._counts.updates
 
     # ---------------------------------------------------------------- persons
 
@@ -522,12 +588,11 @@ class _Decision:
         """
         if not ranges:
             return {}
-        keeps = self._keeping(observations)
-        wanted = {o.anonymous_id for o in observations if keeps[o.tables]}
-        wanted.discard(None)
-        wanted.update(claims)
+        wanted = {
+            value for kept in device_rows(self._rules, observations) for value, _ in kept
+        } | set(claims)
         known = self._store.timelines(ranges)
-        missing = [value for value in wanted if value is not None and value not in known]
+        missing = [value for value in wanted if value not in known]
         devices = {
             value: _Device(held.handle, held.released_until) for value, held in known.items()
         }
@@ -550,13 +615,6 @@ class _Decision:
             for device in devices.values():
                 device.claims = found.get(device.handle, [])
         return devices
-
-    def _keeping(self, observations: Iterable[Observation]) -> dict[tuple[str, ...], bool]:
-        """Whether references are kept, for each combination of tables in the batch."""
-        return {
-            tables: any(map(self._rules.keeps_references, tables))
-            for tables in {o.tables for o in observations}
-        }
 
     def _new_claims(
         self,
@@ -640,14 +698,17 @@ class _Decision:
             store.add_claims({v: (devices[v].handle, claims) for v, claims in new_claims.items()})
         if moved or touched:
             store.decided()
+            store.lock(touched, moved)
         self._after = self._owners_of(concerned) if moved else dict(before)
+        changed: list[_Rewrite] = []
         for handle, (value, old, new) in touched.items():
             if handle not in fresh or self._has_unreferenced():
                 cause = new_claims[value][0].message_id if value in new_claims else fallback
-                self._compare(handle, value, old, new, before, cause)
-        for handle in moved:
-            if before.get(handle) != self._after.get(handle):
-                self._rewrite_identified(handle, self._after[handle], fallback)
+                changed.extend(self._compare(handle, value, old, new, before, cause))
+        self._rewrite_spans(changed)
+        self._rewrite_identified(
+            {h: self._after[h] for h in moved if before.get(h) != self._after.get(h)}, fallback
+        )
 
     def _moved(self, persons: Mapping[int, tuple[int, int]], traits: Collection[int]) -> set[int]:
         """The identifiers whose rows may hold something else: other persons, or other traits."""
@@ -690,7 +751,7 @@ class _Decision:
         new: Sequence[Claim],
         before: Mapping[int, Owner],
         cause: str | None,
-    ) -> None:
+    ) -> Iterable[_Rewrite]:
         rules = self._rules.attribution
         for change in changes(
             spans(old, rules),
@@ -698,7 +759,7 @@ class _Decision:
             lambda owner: None if owner is None else before.get(owner),  # type: ignore[call-overload]
             lambda owner: None if owner is None else self._after.get(owner),  # type: ignore[call-overload]
         ):
-            self._rewrite_span(handle, value, change, cause)
+            yield _Rewrite(handle, value, change, cause)
 
     # ---------------------------------------------------------------- owners of a batch
 
@@ -711,7 +772,8 @@ class _Decision:
         observations: Sequence[Observation],
         devices: Mapping[str, _Device],
         handles: Mapping[Identifier, int],
-    ) -> list[Owner | None]:
+    ) -> tuple[list[Owner | None], list[int]]:
+        """The owner of each row, and whose row it is: the subject; 0 where nobody is known."""
         attribution, follow = self._rules.attribution, self._rules.identified_follow_device
         asked = {
             value: ask(device.claims, attribution)
@@ -719,17 +781,23 @@ class _Decision:
             if device.claims
         }
         found: list[int | None] = []
+        subjects: list[int] = []
         for o in observations:
             owner: Hashable | None = None
+            subject = 0
             if o.known and not (follow and o.anonymous_id is not None):
                 owner = handles.get(o.known[0])
+                subject = -handles.get(o.known[0], 0)
             elif o.anonymous_id in asked:
                 owner = asked[o.anonymous_id](o.time)
+                subject = devices[o.anonymous_id].handle
             found.append(owner if isinstance(owner, int) else None)
+            subjects.append(subject)
         missing = {owner for owner in found if owner is not None} - self._after.keys()
         if missing:
             self._after.update(self._owners_of(missing))
-        return [None if owner is None else self._after.get(owner) for owner in found]
+        owners = [None if owner is None else self._after.get(owner) for owner in found]
+        return owners, subjects
 
     def _write_rows(
         self,
@@ -743,17 +811,24 @@ class _Decision:
         by_device: dict[str, list[tuple[Observation, Owner | None, Owner | None]]] = {}
         by_id: dict[tuple[str, Owner | None], dict[str, int]] = {}
         by_user: dict[tuple[str, str, Owner | None], list[int]] = {}
+        identified: set[int] = set()
         for o, old, new in zip(observations, hold, owners, strict=True):
             if old == new:
                 continue
             if self._follows_device(o):
                 by_device.setdefault(o.anonymous_id or "", []).append((o, old, new))
-            elif self._rules.has_own_column and o.known and o.known[0].type == USER_ID:
+                continue
+            if o.known and o.known[0] in handles:
+                identified.add(handles[o.known[0]])
+            if self._rules.has_own_column and o.known and o.known[0].type == USER_ID:
                 for table in o.tables:
                     by_user.setdefault((table, o.known[0].value, new), []).append(o.time)
             elif self._rules.has_own_column or not o.names_user:
                 for table in o.tables:
                     by_id.setdefault((table, new), {})[o.message_id] = o.time
+        self._store.lock({devices[value].handle for value in by_device}, identified)
+        when = {v: [o.time for o, _, _ in rows] for v, rows in by_device.items()}
+        self._read_soft({devices[v].handle: (min(t), max(t)) for v, t in when.items()})
         for value, rows in by_device.items():
             self._write_device_rows(value, devices[value], rows)
         for (table, new), refs in by_id.items():
@@ -798,6 +873,7 @@ class _Decision:
         nobody's, on a device that was somebody's until that was taken back; and one that looks
         anonymous to the table where whole spans are written. Both are rare and late.
         """
+        suspects: list[tuple[str, Observation, Owner | None, _Device, bool]] = []
         soft = {
             (value, claim.time, claim.message_id)
             for value, claims in new_claims.items()
@@ -809,10 +885,23 @@ class _Decision:
             if device is None or o.anonymous_id is None or not device.claims:
                 continue
             if owner is None and not o.known and any(c.until < END for c in device.claims):
-                later = self._store.references(device.handle, o.time, END).values()
-                kept = any(later) and not any(o.message_id in refs for refs in later)
-                tables = [t for t in o.tables if kept and self._rules.keeps_references(t)]
+                suspects.append((o.anonymous_id, o, owner, device, False))
             elif (o.anonymous_id, o.time, o.message_id) in soft:
+                suspects.append((o.anonymous_id, o, owner, device, True))
+        if not suspects:
+            return
+        earliest: dict[int, int] = {}
+        for _, o, _, device, looks_anonymous in suspects:
+            if not looks_anonymous:
+                earliest[device.handle] = min(o.time, earliest.get(device.handle, END))
+        rows = self._store.rows({handle: (time, END) for handle, time in earliest.items()})
+        for value, o, owner, device, looks_anonymous in suspects:
+            if not looks_anonymous:
+                found = rows[device.handle].references.values() if device.handle in rows else ()
+                kept = any(t >= o.time for refs in found for t in refs.values())
+                kept = kept and not any(o.message_id in refs for refs in found)
+                tables = [t for t in o.tables if kept and self._rules.keeps_references(t)]
+            else:
                 at = owner_at(device.claims, o.time, self._rules.attribution)
                 others = self._values({at}).get(at) != owner
                 tables = [
@@ -820,15 +909,15 @@ class _Decision:
                     for t in o.tables
                     if others and self._rules.supersede_of(t) is Supersede.COLUMN
                 ]
-            else:
-                continue
+            if tables:
+                self._store.lock({device.handle}, ())
             for table in tables:
                 columns = self._rules.layout.columns_of(table)
                 criteria: list[Criterion] = [
-                    Equals(column=columns.anonymous_id, value=o.anonymous_id),
+                    Equals(column=columns.anonymous_id, value=value),
                     self._messages(table, [(o.message_id, o.time)]),
                 ]
-                self._emit(table, owner, criteria, 1, Cause(anonymous_id=o.anonymous_id))
+                self._emit(table, owner, criteria, 1, Cause(anonymous_id=value))
 
     def _keep_references(
         self,
@@ -837,23 +926,86 @@ class _Decision:
         handles: Mapping[Identifier, int],
     ) -> None:
         """Remember where the rows are that may have to be found again."""
-        keeps = self._keeping(observations)
-        self._store.note_tables({table for tables in keeps for table in tables})
-        references: list[Reference] = []
-        own, follow = self._rules.has_own_column, self._rules.identified_follow_device
+        store, own = self._store, self._rules.has_own_column
+        store.note_tables(
+            {table for tables in {o.tables for o in observations} for table in tables}
+        )
+        ids, days = device_rows(self._rules, observations)
+        references = [
+            Reference(devices[value].handle, o.tables, o.message_id, o.time) for value, o in ids
+        ]
         for o in observations:
-            if o.anonymous_id is not None and (follow or not o.known):
-                if not keeps[o.tables]:
-                    continue
-                subject = devices[o.anonymous_id].handle
-            elif o.known and (o.known[0].type != USER_ID if own else not o.names_user):
+            if self._follows_device(o) or not o.known:
+                continue
+            if o.known[0].type != USER_ID if own else not o.names_user:
                 # Nothing in the row names whom it belongs to: whatever the settings, it is kept.
                 subject = -handles[o.known[0]]
-            else:
-                continue
-            references.append(Reference(subject, o.tables, o.message_id, o.time))
+                references.append(Reference(subject, o.tables, o.message_id, o.time))
+        identified = {-ref.subject for ref in references if ref.subject < 0}
+        if identified:
+            store.lock((), identified)
         if references:
-            self._store.add_references(references)
+            store.add_references(references)
+        if days:
+            store.add_days(
+                {Day(devices[value].handle, o.tables, o.time // DAY) for value, o in days}
+            )
+
+    # ---------------------------------------------------------------- late rows
+
+    def catch_up(self, missed: Mapping[int, tuple[Rows, tuple[int, int]]], tables: set[str]) -> int:
+        names = self._store.anonymous_ids(missed)
+        observations = [
+            Observation(message_id, time, names[handle], (), (), False, None, where, {})
+            for handle, (rows, _) in missed.items()
+            if handle in names
+            for where, refs in rows.references.items()
+            for message_id, time in refs.items()
+        ]
+        if observations:
+            # What these rows hold is not known: nothing that an owner could be is equal to this.
+            unknown = Owner("", ("",))
+            self._rewrite(Receipt(-1, tuple(observations), (unknown,) * len(observations)))
+        windows: dict[int, dict[str, list[tuple[int, int]]]] = {}
+        for handle, (rows, window) in missed.items():
+            found: dict[str, set[int]] = {}
+            for where, days in rows.days.items():
+                for table in where:
+                    found.setdefault(table, set()).update(days)
+            ranges = {table: list(_runs(days)) for table, days in found.items()}
+            ranges.update({table: [window] for table in tables})
+            if ranges and handle in names:
+                windows[handle] = {
+                    table: [(max(low, window[0]), min(high, window[1])) for low, high in parts]
+                    for table, parts in ranges.items()
+                    if not self._rules.keeps_references(table)
+                }
+        if windows:
+            self._rewrite_windows(windows, names)
+        self._finish()
+        return self._counts.updates
+
+    def _rewrite_windows(
+        self,
+        windows: Mapping[int, Mapping[str, Sequence[tuple[int, int]]]],
+        names: Mapping[int, str],
+    ) -> None:
+        """All rows in these ranges, of tables without references, get the owners of now."""
+        store = self._store
+        claims = store.claims(dict.fromkeys(windows, (BEGINNING, END)))
+        owners = {c.owner for found in claims.values() for c in found}
+        self._after.update(self._owners_of({o for o in owners if isinstance(o, int)}))
+        store.lock(claims, ())
+        self._read_soft(dict.fromkeys(claims, (BEGINNING, END)))
+        for handle, found in claims.items():
+            cause = Cause(anonymous_id=names[handle])
+            for start, end, owner in spans(found, self._rules.attribution):
+                new = self._after.get(owner) if isinstance(owner, int) else None
+                for table, ranges in windows[handle].items():
+                    for low, high in ranges:
+                        part = Change(max(start, low), min(end, high), None, new)
+                        if part.start < part.end:
+                            self._emit_range(table, handle, names[handle], part, new, cause)
 
     # ---------------------------------------------------------------- undo
 
@@ -901,6 +1053,7 @@ class _Decision:
         timeline = self._timeline(anonymous_id)
         old = self._store.claims({timeline: (BEGINNING, END)}).get(timeline, [])
         gone = [claim for claim in old if claim.owner == owner]
+        self._store.lock({timeline}, {owner})
         self._store.bar(timeline, owner)
         void = [claim._replace(until=_NEVER) for claim in gone]
         self._replace(timeline, anonymous_id, old, gone, void)
@@ -940,8 +1093,8 @@ class _Decision:
                 *(h.seen.time for h in person.values() if h.seen.time < END),
                 *(
                     t
-                    for h in theirs
-                    for refs in self._store.references(-h, BEGINNING, END).values()
+                    for rows in self._store.rows({-h: (BEGINNING, END) for h in theirs}).values()
+                    for refs in rows.references.values()
                     for t in refs.values()
                 ),
             ]
@@ -950,8 +1103,8 @@ class _Decision:
             gone = [claim for claim in old if claim.owner in theirs]
             nobody = [claim._replace(owner=None, until=min(until, claim.until)) for claim in gone]
             self._replace(timeline, values[timeline], old, gone, nobody)
-        for handle in theirs:
-            self._rewrite_identified(handle, None, None, until)
+        self._store.lock(timelines, theirs)
+        self._rewrite_identified(dict.fromkeys(theirs), None, until)
         self._store.forget(handles, until)
         self._store.decided()
         self._finish()
@@ -988,7 +1141,8 @@ class _Decision:
         owners = {c.owner for c in (*old, *left) if isinstance(c.owner, int)}
         before = self._owners_of(owners)
         self._after.update(before)
-        self._compare(timeline, anonymous_id, old, left, before, None)
+        self._store.lock({timeline}, ())
+        self._rewrite_spans(list(self._compare(timeline, anonymous_id, old, left, before, None)))
         self._store.replace_claims(timeline, gone, new)
         self._store.decided()
 
@@ -1002,52 +1156,87 @@ class _Decision:
     def _has_unreferenced(self) -> bool:
         return not all(map(self._rules.keeps_references, self._known_tables()))
 
+    def _rewrite_spans(self, rewrites: Sequence[_Rewrite]) -> None:
+        """Rows of timelines change from one owner to another, each in its span."""
+        if not rewrites:
+            return
+        windows: dict[int, tuple[int, int]] = {}
+        for handle, _, change, _ in rewrites:
+            start, end = windows.get(handle, change[:2])
+            windows[handle] = (min(start, change.start), max(end, change.end))
+        rows = self._store.rows(windows)
+        self._read_soft(windows)
+        for handle, value, change, message_id in rewrites:
+            cause = Cause(message_id=message_id, anonymous_id=value)
+            self._rewrite_span(handle, value, change, rows.get(handle, _NO_ROWS), cause)
+
     def _rewrite_span(
-        self, timeline: int, anonymous_id: str, change: Change, message_id: str | None
+        self, timeline: int, anonymous_id: str, change: Change, rows: Rows, cause: Cause
     ) -> None:
         """The rows of a timeline in ``[start, end)`` change from one owner to another."""
-        cause = Cause(message_id=message_id, anonymous_id=anonymous_id)
         old, new = _owner(change.old), _owner(change.new)
+        start, end = change.start, change.end
         referenced: dict[str, dict[str, int]] = {}
-        for tables, refs in self._store.references(timeline, change.start, change.end).items():
+        for tables, refs in rows.references.items():
+            inside = {m: time for m, time in refs.items() if start <= time < end}
             for table in tables:
-                if self._rules.keeps_references(table):
-                    referenced.setdefault(table, {}).update(refs)
+                if inside and self._rules.keeps_references(table):
+                    referenced.setdefault(table, {}).update(inside)
         for table, found in sorted(referenced.items()):
             self._emit_device(table, timeline, anonymous_id, found, old, new, cause, whole=True)
         for table in sorted(self._known_tables()):
-            if not self._rules.keeps_references(table):
+            if self._rules.keeps_references(table):
+                continue
+            if self._rules.references_of(table) is References.NONE:
                 self._emit_range(table, timeline, anonymous_id, change, new, cause)
+                continue
+            days = {d for tables, found in rows.days.items() if table in tables for d in found}
+            # The days that have rows only grow, and no other is named: where an older update of
+            # this device writes, this one does too.
+            for low, high in _runs(days):
+                part = change._replace(start=max(start, low), end=min(end, high))
+                if part.start < part.end:
+                    self._emit_range(table, timeline, anonymous_id, part, new, cause)
 
     def _rewrite_identified(
         self,
-        handle: int,
-        new: Owner | None,
+        owners: Mapping[int, Owner | None],
         message_id: str | None,
         until: int = _LAST_TIME - 1,
     ) -> None:
-        """The rows of identified events of one identifier change with their person."""
-        identifier, known = self._store.held({handle})[handle]
+        """The rows of identified events, by identifier, change with their persons."""
+        if not owners:
+            return
+        held = self._store.held(owners)
+        rows = self._store.rows({-handle: (BEGINNING, END) for handle in owners})
         cause = Cause(message_id=message_id)
-        referenced: dict[str, dict[str, int]] = {}
-        for tables, refs in self._store.references(-handle, BEGINNING, END).items():
-            for table in tables:
-                referenced.setdefault(table, {}).update(refs)
-        for table, found in sorted(referenced.items()):
-            self._emit_messages(table, found, new, cause)
-        if not self._rules.has_own_column or identifier.type != USER_ID:
-            return
-        if known.seen.only_previous:
-            return
-        for table in sorted(self._known_tables()):
-            columns = self._rules.layout.columns_of(table)
-            criteria: list[Criterion] = [
-                Equals(column=columns.user_id, value=identifier.value),
-                self._between(table, known.seen.time, until + 1),
-            ]
-            if self._rules.identified_follow_device:
-                criteria.append(Empty(column=columns.anonymous_id))
-            self._emit(table, new, criteria, None, cause)
+        for handle, new in owners.items():
+            identifier, known = held[handle]
+            referenced: dict[str, dict[str, int]] = {}
+            for tables, refs in rows.get(-handle, _NO_ROWS).references.items():
+                for table in tables:
+                    referenced.setdefault(table, {}).update(refs)
+            for table, found in sorted(referenced.items()):
+                self._emit_messages(table, found, new, cause)
+            if not self._rules.has_own_column or identifier.type != USER_ID:
+                continue
+            if known.seen.only_previous:
+                continue
+            for table in sorted(self._known_tables()):
+                columns = self._rules.layout.columns_of(table)
+                criteria: list[Criterion] = [
+                    Equals(column=columns.user_id, value=identifier.value),
+                    self._between(table, known.seen.time, until + 1),
+                ]
+                if self._rules.identified_follow_device:
+                    criteria.append(Empty(column=columns.anonymous_id))
+                self._emit(table, new, criteria, None, cause)
+
+    def _read_soft(self, windows: Mapping[int, tuple[int, int]]) -> None:
+        """What `_holes` will ask for."""
+        if windows and not self._rules.identified_follow_device:
+            self._soft.update(dict.fromkeys(windows, ()))
+            self._soft.update(self._store.soft_claims(windows))
 
     def _emit_device(
         self,
@@ -1143,7 +1332,7 @@ class _Decision:
         """The times at which a row of somebody else lies that looks anonymous to the table."""
         if self._rules.identified_follow_device:
             return []
-        soft = self._store.soft_claims(timeline, low, high)
+        soft = [claim for claim in self._soft[timeline] if low <= claim.time <= high]
         values = self._values({claim.owner for claim in soft})
         return sorted({c.time for c in soft if c.owner is None or values.get(c.owner) != new})
 
@@ -1275,6 +1464,19 @@ def _parts(refs: Mapping[str, int]) -> Iterable[list[tuple[str, int]]]:
             end += 1
         yield ordered[start:end]
         start = end
+
+
+def _runs(days: Collection[int]) -> Iterable[tuple[int, int]]:
+    """Consecutive days as half-open ranges of microseconds, in order."""
+    start = end = None
+    for day in sorted(days):
+        if day != end:
+            if start is not None and end is not None:
+                yield start * DAY, end * DAY
+            start = day
+        end = day + 1
+    if start is not None and end is not None:
+        yield start * DAY, end * DAY
 
 
 def _around(start: int, end: int, holes: Sequence[int]) -> Iterable[tuple[int, int]]:

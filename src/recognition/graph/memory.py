@@ -14,15 +14,17 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from recognition.attribution import BEGINNING, DAY, END, Claim
 from recognition.errors import ConfigurationError, GraphError, InputError
 from recognition.events import Identifier
 from recognition.graph import Delivery, GraphStats, StoredGraph
 from recognition.graph.store import (
+    Day,
     Known,
     Reference,
-    References,
+    Rows,
     Sighting,
     Store,
     StoredLink,
@@ -33,7 +35,10 @@ from recognition.identity import Seen
 from recognition.messages import UpdateByCriteria
 
 # Handles made in a rehearsal never meet those of the graph below, which may be one itself.
-_APART = 1 << 48
+_APART = 1 << 128
+
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(slots=True)
@@ -99,6 +104,10 @@ class MemoryGraph(StoredGraph):
                 self._position += 1
                 self._outbox[self._position] = _Waiting(update)
 
+    def _run(self, workspace: str, work: Callable[[Store], _Result]) -> _Result:
+        with self._transaction(workspace) as store:
+            return work(store)
+
     def _reader(self, workspace: str) -> AbstractContextManager[Store]:
         return self._transaction(workspace, write=False)
 
@@ -157,7 +166,7 @@ class MemoryGraph(StoredGraph):
                 references=sum(
                     len(refs)
                     for s in stores
-                    for by_tables in s.references_by_subject.values()
+                    for by_tables, _ in s.rows_by_subject.values()
                     for refs in by_tables.values()
                 ),
                 pending_updates=len(self._outbox) - dead,
@@ -171,7 +180,10 @@ class MemoryGraph(StoredGraph):
         days: set[int] = set()
         with self._lock:
             for store in self._stores.values():
-                for by_tables in store.references_by_subject.values():
+                for by_tables, by_day in store.rows_by_subject.values():
+                    for kept in by_day.values():
+                        days.update(d for d in kept if d < horizon // DAY)
+                        kept.difference_update(days)
                     for refs in by_tables.values():
                         old = {m: t for m, t in refs.items() if t < horizon}
                         days.update(t // DAY for t in old.values())
@@ -185,6 +197,10 @@ class MemoryGraph(StoredGraph):
             self._open.close()
             self._stores.clear()
             self._outbox.clear()
+
+
+# Of one subject, by tables: message ids with their times, and the days that have rows.
+_Rows = tuple[dict[tuple[str, ...], dict[str, int]], dict[tuple[str, ...], set[int]]]
 
 
 @dataclass(slots=True, eq=False)
@@ -210,9 +226,7 @@ class _MemoryStore:
     )
     traits_by_handle: dict[int, dict[str, Trait]] = field(default_factory=dict)
     gone: dict[Identifier, int] = field(default_factory=dict)
-    references_by_subject: dict[int, dict[tuple[str, ...], dict[str, int]]] = field(
-        default_factory=dict
-    )
+    rows_by_subject: dict[int, _Rows] = field(default_factory=dict)
     known_tables: set[str] = field(default_factory=set)
     first: int = field(init=False)
     handle: int = field(init=False)
@@ -321,8 +335,11 @@ class _MemoryStore:
         held = [claim for claim in self._claims_of(timeline) if claim not in taken]
         self.claims_by_timeline[timeline] = sorted([*held, *new])
 
-    def soft_claims(self, timeline: int, low: int, high: int) -> list[Claim]:
-        return [c for c in self._claims_of(timeline) if c.soft and low <= c.time <= high]
+    def soft_claims(self, windows: Mapping[int, tuple[int, int]]) -> dict[int, list[Claim]]:
+        return {
+            timeline: [c for c in self._claims_of(timeline) if c.soft and low <= c.time <= high]
+            for timeline, (low, high) in windows.items()
+        }
 
     def _timelines_of(self, identifier: int) -> set[int]:
         if identifier not in self.timelines_of:
@@ -337,7 +354,9 @@ class _MemoryStore:
 
     def barred(self, pairs: Collection[tuple[int, int]]) -> set[tuple[int, int]]:
         found = {pair for pair in pairs if pair in self.barred_pairs}
-        return found | self.below.barred(pairs) if self.below is not None else found
+        if self.below is not None:
+            found |= self.below.barred([pair for pair in pairs if max(pair) < self.first])
+        return found
 
     def bar(self, timeline: int, identifier: int) -> None:
         self.barred_pairs.add((timeline, identifier))
@@ -452,32 +471,53 @@ class _MemoryStore:
             self.by_handle.pop(handle, None)
             self.traits_by_handle[handle] = {}
             self.timelines_of[handle] = set()
-            self.references_by_subject[-handle] = {}
+            self.rows_by_subject[-handle] = ({}, {})
 
     # ---------------------------------------------------------------- references
 
-    def _references_of(self, subject: int) -> dict[tuple[str, ...], dict[str, int]]:
-        if subject not in self.references_by_subject:
-            read: References = {}
+    def _rows_of(self, subject: int) -> _Rows:
+        if subject not in self.rows_by_subject:
+            read = Rows({}, {})
             if self.below is not None and abs(subject) < self.first:
-                read = self.below.references(subject, BEGINNING, END)
-            self.references_by_subject[subject] = {t: dict(refs) for t, refs in read.items()}
-        return self.references_by_subject[subject]
+                window = {subject: (BEGINNING, END)}
+                read = self.below.rows(window).get(subject, read)
+            self.rows_by_subject[subject] = (
+                {tables: dict(refs) for tables, refs in read.references.items()},
+                {tables: set(days) for tables, days in read.days.items()},
+            )
+        return self.rows_by_subject[subject]
 
-    def references(self, subject: int, start: int, end: int) -> References:
-        found = {
-            tables: {m: time for m, time in refs.items() if start <= time < end}
-            for tables, refs in self._references_of(subject).items()
-        }
-        return {tables: refs for tables, refs in found.items() if refs}
+    def rows(self, windows: Mapping[int, tuple[int, int]]) -> dict[int, Rows]:
+        found = {}
+        for subject, (start, end) in windows.items():
+            references, days = self._rows_of(subject)
+            inside = {
+                tables: {m: time for m, time in refs.items() if start <= time < end}
+                for tables, refs in references.items()
+            }
+            touching = {
+                tables: {d for d in held if d * DAY < end and (d + 1) * DAY > start}
+                for tables, held in days.items()
+            }
+            rows = Rows(
+                {tables: refs for tables, refs in inside.items() if refs},
+                {tables: held for tables, held in touching.items() if held},
+            )
+            if rows.references or rows.days:
+                found[subject] = rows
+        return found
 
     def add_references(self, references: Iterable[Reference]) -> None:
         for subject, tables, message_id, at in references:
-            self._references_of(subject).setdefault(tables, {})[message_id] = at
+            self._rows_of(subject)[0].setdefault(tables, {})[message_id] = at
+
+    def add_days(self, days: Iterable[Day]) -> None:
+        for subject, tables, day in days:
+            self._rows_of(subject)[1].setdefault(tables, set()).add(day)
 
     def find(self, message_id: str) -> list[Sighting]:
         found = [] if self.below is None else self.below.find(message_id)
-        for subject, by_tables in self.references_by_subject.items():
+        for subject, (by_tables, _) in self.rows_by_subject.items():
             for tables, refs in by_tables.items():
                 if message_id in refs:
                     found.append(Sighting(subject, refs[message_id], tables))
@@ -504,6 +544,12 @@ class _MemoryStore:
     def next_sequence(self) -> int:
         self.sequence = self.last_sequence() + 1
         return self.sequence
+
+    def lock(self, timelines: Collection[int], identifiers: Collection[int]) -> None:
+        pass  # writers take turns
+
+    def versions(self, subjects: Collection[int]) -> dict[int, int]:
+        return dict.fromkeys(subjects, self.next_sequence())
 
     def emit(self, updates: Iterable[UpdateByCriteria]) -> None:
         self.emitted.extend(updates)

@@ -19,13 +19,12 @@ import os
 import secrets
 import socket
 import sqlite3
-import struct
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from recognition.attribution import DAY, END, Claim
 from recognition.errors import (
@@ -37,10 +36,12 @@ from recognition.errors import (
 )
 from recognition.events import Identifier
 from recognition.graph import Delivery, GraphStats, StoredGraph
+from recognition.graph.packing import TEXT, pack, pack_id, unpack, unpack_id
 from recognition.graph.store import (
+    Day,
     Known,
     Reference,
-    References,
+    Rows,
     Sighting,
     Store,
     StoredLink,
@@ -99,6 +100,9 @@ CREATE TABLE refs (
     subject INTEGER, day INTEGER, slot INTEGER, chunk INTEGER, packed BLOB,
     PRIMARY KEY (subject, day, slot, chunk)
 ) WITHOUT ROWID;
+CREATE TABLE days (
+    subject INTEGER, day INTEGER, place INTEGER, PRIMARY KEY (subject, day, place)
+) WITHOUT ROWID;
 CREATE TABLE outbox (
     position INTEGER PRIMARY KEY AUTOINCREMENT, body TEXT NOT NULL,
     leased_until REAL NOT NULL DEFAULT 0, holder TEXT, attempts INTEGER NOT NULL DEFAULT 0,
@@ -113,8 +117,8 @@ _CHUNK = 900
 # Below SQLite's default limit of 32,766 parameters a statement, far enough for any batch.
 _PARAMETERS = 10_000
 
-_UUID_MS, _UUID_US, _TEXT = range(3)
-_UUID_MS_FORMAT = struct.Struct(">I16s")
+
+_Result = TypeVar("_Result")
 
 
 class SqliteGraph(StoredGraph):
@@ -266,18 +270,14 @@ class SqliteGraph(StoredGraph):
                         connection.execute("ROLLBACK")
                     raise
 
-    @contextmanager
-    def _transaction(self, workspace: str, *, write: bool = True) -> Iterator[Store]:
-        if not write:
-            with self._reader(workspace) as store:
-                yield store
-            return
+    def _run(self, workspace: str, work: Callable[[Store], _Result]) -> _Result:
         with self._writing() as connection:
             store = _SqliteStore(connection, workspace, dict(self._names), dict(self._places))
-            yield store
+            result = work(store)
             store.flush()
         # Only what was committed is remembered: a short number that was undone may be given again.
         self._names, self._places = store.names, store.places
+        return result
 
     @contextmanager
     def _reader(self, workspace: str) -> Iterator[Store]:
@@ -350,7 +350,7 @@ class SqliteGraph(StoredGraph):
                 " FROM refs WHERE slot % 3 < 2"
             )
             for (packed,) in self._connection.execute("SELECT packed FROM refs WHERE slot % 3 = 2"):
-                references += sum(1 for _ in _unpack(_TEXT, packed, 0))
+                references += sum(1 for _ in unpack(TEXT, packed, 0))
             return GraphStats(
                 anonymous_ids=count("SELECT count(*) FROM timelines"),
                 identifiers=count("SELECT count(*) FROM identifiers"),
@@ -375,10 +375,13 @@ class SqliteGraph(StoredGraph):
         with self._writing() as connection:
             day = before // DAY
             days: int = connection.execute(
-                "SELECT count(DISTINCT day) FROM refs WHERE day < ?", (day,)
+                "SELECT count(*) FROM (SELECT day FROM refs WHERE day < ?1"
+                " UNION SELECT day FROM days WHERE day < ?1)",
+                (day,),
             ).fetchone()[0]
             if days:
                 connection.execute("DELETE FROM refs WHERE day < ?", (day,))
+                connection.execute("DELETE FROM days WHERE day < ?", (day,))
         return days
 
     def close(self) -> None:
@@ -468,7 +471,7 @@ class _SqliteStore:
     # ---------------------------------------------------------------- timelines
 
     def timelines(self, anonymous_ids: Collection[str]) -> dict[str, Timeline]:
-        packed = {_pack_id(value): value for value in anonymous_ids}
+        packed = {pack_id(value): value for value in anonymous_ids}
         return {
             packed[key]: Timeline(handle, bool(claimed), -1 if released is None else released)
             for key, handle, claimed, released in self._select_in(
@@ -485,13 +488,13 @@ class _SqliteStore:
         self._set("timeline", last + len(made))
         self._connection.executemany(
             "INSERT INTO timelines VALUES (?, ?, ?, 0, NULL)",
-            [(self._workspace, _pack_id(value), handle) for value, handle in made.items()],
+            [(self._workspace, pack_id(value), handle) for value, handle in made.items()],
         )
         return made
 
     def anonymous_ids(self, timelines: Collection[int]) -> dict[int, str]:
         return {
-            handle: _unpack_id(key)
+            handle: unpack_id(key)
             for handle, key in self._select_in(
                 "SELECT id, key FROM claimed WHERE id IN ({})", (), timelines
             )
@@ -536,7 +539,7 @@ class _SqliteStore:
                 if claim.owner is not None
             },
         )
-        keys = [(_pack_id(value), timeline) for value, (timeline, _) in claims.items()]
+        keys = [(pack_id(value), timeline) for value, (timeline, _) in claims.items()]
         self._connection.executemany(
             "INSERT OR IGNORE INTO claimed (id, workspace, key) VALUES (?, ?, ?)",
             [(timeline, self._workspace, key) for key, timeline in keys],
@@ -557,7 +560,7 @@ class _SqliteStore:
     ) -> None:
         self._connection.executemany(
             "DELETE FROM claims WHERE timeline = ? AND time = ? AND message = ?",
-            [(timeline, claim.time, _pack_id(claim.message_id)) for claim in gone],
+            [(timeline, claim.time, pack_id(claim.message_id)) for claim in gone],
         )
         self._connection.executemany(
             "INSERT INTO claims VALUES (?, ?, ?, ?, ?, ?)",
@@ -566,15 +569,18 @@ class _SqliteStore:
         if any(claim.until < END for claim in new):
             self._mark_ended(timeline)
 
-    def soft_claims(self, timeline: int, low: int, high: int) -> list[Claim]:
-        return sorted(
-            _claim(row)
-            for row in self._connection.execute(
-                "SELECT time, message, identifier, until, soft FROM claims"
-                " WHERE timeline = ? AND time BETWEEN ? AND ? AND soft",
-                (timeline, low, high),
+    def soft_claims(self, windows: Mapping[int, tuple[int, int]]) -> dict[int, list[Claim]]:
+        return {
+            timeline: sorted(
+                _claim(row)
+                for row in self._connection.execute(
+                    "SELECT time, message, identifier, until, soft FROM claims"
+                    " WHERE timeline = ? AND time BETWEEN ? AND ? AND soft",
+                    (timeline, low, high),
+                )
             )
-        )
+            for timeline, (low, high) in windows.items()
+        }
 
     def claimed_by(self, identifiers: Collection[int]) -> set[int]:
         return {
@@ -608,7 +614,7 @@ class _SqliteStore:
         self._connection.execute(
             "UPDATE timelines SET released = max(?, coalesce(released, -1))"
             " WHERE workspace = ? AND key = ?",
-            (until, self._workspace, _pack_id(anonymous_id)),
+            (until, self._workspace, pack_id(anonymous_id)),
         )
 
     # ---------------------------------------------------------------- identifiers
@@ -616,7 +622,7 @@ class _SqliteStore:
     def identifiers(self, identifiers: Collection[Identifier]) -> dict[Identifier, Known]:
         by_type: dict[str, dict[bytes | str, Identifier]] = {}
         for identifier in identifiers:
-            by_type.setdefault(identifier.type, {})[_pack_id(identifier.value)] = identifier
+            by_type.setdefault(identifier.type, {})[pack_id(identifier.value)] = identifier
         return {
             packed[key]: _known(row)
             for type, packed in by_type.items()
@@ -630,7 +636,7 @@ class _SqliteStore:
 
     def held(self, handles: Collection[int]) -> dict[int, tuple[Identifier, Known]]:
         return {
-            row[0]: (Identifier(type, _unpack_id(key)), _known(row))
+            row[0]: (Identifier(type, unpack_id(key)), _known(row))
             for type, key, *row in self._select_in(
                 "SELECT n.name, i.key, i.id, i.only_previous, i.time, i.message, i.component,"
                 " i.canonical FROM identifiers i JOIN names n ON n.id = i.type"
@@ -642,7 +648,7 @@ class _SqliteStore:
 
     def seen_as(self, identifiers: Collection[int]) -> dict[int, str]:
         return {
-            handle: _unpack_id(key) if value is None else value
+            handle: unpack_id(key) if value is None else value
             for handle, key, value in self._select_in(
                 "SELECT id, key, seen_as FROM identifiers WHERE id IN ({})", (), identifiers
             )
@@ -658,11 +664,11 @@ class _SqliteStore:
                 (
                     self._workspace,
                     self._name(identifier.type),
-                    _pack_id(identifier.value),
+                    pack_id(identifier.value),
                     None if value == identifier.value else value,
                     sighting.only_previous,
                     sighting.time,
-                    _pack_id(sighting.message_id),
+                    pack_id(sighting.message_id),
                 ),
             )
             made[identifier] = int(cursor.lastrowid or 0)
@@ -673,7 +679,7 @@ class _SqliteStore:
             "UPDATE identifiers SET only_previous = ?, time = ?, message = ?, seen_as = ?"
             " WHERE id = ?",
             [
-                (s.only_previous, s.time, _pack_id(s.message_id), value, handle)
+                (s.only_previous, s.time, pack_id(s.message_id), value, handle)
                 for handle, (s, value) in seen.items()
             ],
         )
@@ -690,7 +696,7 @@ class _SqliteStore:
             "SELECT * FROM links WHERE component IN ({})", (), components
         ):
             found.setdefault(component, []).append(
-                StoredLink(a, b, bool(alias), at, _unpack_id(message), bool(unlinked), refused)
+                StoredLink(a, b, bool(alias), at, unpack_id(message), bool(unlinked), refused)
             )
         return found
 
@@ -710,7 +716,7 @@ class _SqliteStore:
                     x.b,
                     x.alias,
                     x.time,
-                    _pack_id(x.message_id),
+                    pack_id(x.message_id),
                     x.unlinked,
                     x.refused,
                 )
@@ -727,14 +733,14 @@ class _SqliteStore:
             identifiers,
         ):
             kept = value == b"\x01" if kind == "blob" else value
-            found.setdefault(identifier, {})[trait] = Trait(at, _unpack_id(message), kept)
+            found.setdefault(identifier, {})[trait] = Trait(at, unpack_id(message), kept)
         return found
 
     def put_traits(self, traits: Mapping[int, Mapping[str, Trait]]) -> None:
         self._connection.executemany(
             "INSERT OR REPLACE INTO traits VALUES (?, ?, ?, ?, ?)",
             [
-                (identifier, name, t.time, _pack_id(t.message_id), _pack_trait(t.value))
+                (identifier, name, t.time, pack_id(t.message_id), _pack_trait(t.value))
                 for identifier, found in traits.items()
                 for name, t in found.items()
             ],
@@ -772,6 +778,7 @@ class _SqliteStore:
         executemany("DELETE FROM traits WHERE identifier = ?", one)
         executemany("DELETE FROM claimants WHERE identifier = ?", one)
         executemany("DELETE FROM refs WHERE subject = -?", one)
+        executemany("DELETE FROM days WHERE subject = -?", one)
         executemany(
             "INSERT INTO forgotten VALUES (?, ?)"
             " ON CONFLICT DO UPDATE SET until = max(until, excluded.until)",
@@ -780,22 +787,37 @@ class _SqliteStore:
 
     # ---------------------------------------------------------------- references
 
-    def references(self, subject: int, start: int, end: int) -> References:
-        found: dict[tuple[str, ...], dict[str, int]] = {}
-        for day, slot, packed in self._connection.execute(
-            "SELECT day, slot, packed FROM refs WHERE subject = ? AND day BETWEEN ? AND ?",
-            (subject, start // DAY, min(end, END) // DAY),
-        ):
-            for message_id, at in _unpack(slot % 3, packed, day * DAY):
-                if start <= at < end:
-                    found.setdefault(self._place(slot // 3), {})[message_id] = at
+    def rows(self, windows: Mapping[int, tuple[int, int]]) -> dict[int, Rows]:
+        found: dict[int, Rows] = {}
+        for subject, (start, end) in windows.items():
+            references: dict[tuple[str, ...], dict[str, int]] = {}
+            days: dict[tuple[str, ...], set[int]] = {}
+            span = (subject, start // DAY, (min(end, END) - 1) // DAY)
+            for day, slot, packed in self._connection.execute(
+                "SELECT day, slot, packed FROM refs WHERE subject = ? AND day BETWEEN ? AND ?", span
+            ):
+                for message_id, at in unpack(slot % 3, packed, day * DAY):
+                    if start <= at < end:
+                        references.setdefault(self._place(slot // 3), {})[message_id] = at
+            for day, place in self._connection.execute(
+                "SELECT day, place FROM days WHERE subject = ? AND day BETWEEN ? AND ?", span
+            ):
+                days.setdefault(self._place(place), set()).add(day)
+            if references or days:
+                found[subject] = Rows(references, days)
         return found
+
+    def add_days(self, days: Iterable[Day]) -> None:
+        self._connection.executemany(
+            "INSERT OR IGNORE INTO days VALUES (?, ?, ?)",
+            [(subject, day, self._place_id(tables)) for subject, tables, day in days],
+        )
 
     def add_references(self, references: Iterable[Reference]) -> None:
         joined: dict[tuple[int, int, int], bytes] = {}
         places = self._place_ids
         for subject, tables, message_id, at in references:
-            day, kind, packed = _pack(message_id, at)
+            day, kind, packed = pack(message_id, at)
             place = places[tables] if tables in places else self._place_id(tables)
             key = (subject, day, 3 * place + kind)
             before = joined.get(key)
@@ -821,11 +843,11 @@ class _SqliteStore:
                 (subject, day, slot),
             ).fetchone()[0]
             # Bytes that look alike prove nothing: they may begin in the middle of a reference.
-            held = set(_unpack(slot % 3, open_chunk, day * DAY))
-            new = [ref for ref in _unpack(slot % 3, packed, day * DAY) if ref not in held]
+            held = set(unpack(slot % 3, open_chunk, day * DAY))
+            new = [ref for ref in unpack(slot % 3, packed, day * DAY) if ref not in held]
             if not new:
                 continue
-            rest = b"".join(_pack(message_id, at)[2] for message_id, at in new)
+            rest = b"".join(pack(message_id, at)[2] for message_id, at in new)
             if len(open_chunk) + len(rest) > _CHUNK:
                 self._seal((subject, day, slot), open_chunk)
                 open_chunk = b""
@@ -846,7 +868,7 @@ class _SqliteStore:
 
     def find(self, message_id: str) -> list[Sighting]:
         found: list[Sighting] = []
-        key = _pack_id(message_id)
+        key = pack_id(message_id)
         needle = key if isinstance(key, bytes) else key.encode()
         for subject, day, slot, packed in self._connection.execute(
             "SELECT subject, day, slot, packed FROM refs WHERE instr(packed, ?) > 0"
@@ -855,7 +877,7 @@ class _SqliteStore:
         ):
             found.extend(
                 Sighting(subject, at, self._place(slot // 3))
-                for ref, at in _unpack(slot % 3, packed, day * DAY)
+                for ref, at in unpack(slot % 3, packed, day * DAY)
                 if ref == message_id
             )
         found.extend(
@@ -914,6 +936,12 @@ class _SqliteStore:
         self._set("sequence", sequence)
         return sequence
 
+    def lock(self, timelines: Collection[int], identifiers: Collection[int]) -> None:
+        pass  # writers take turns
+
+    def versions(self, subjects: Collection[int]) -> dict[int, int]:
+        return dict.fromkeys(subjects, self.next_sequence())
+
     def emit(self, updates: Iterable[UpdateByCriteria]) -> None:
         self._connection.executemany(
             "INSERT INTO outbox (body) VALUES (?)",
@@ -952,69 +980,18 @@ WHERE length(packed) + length(excluded.packed) <= {_CHUNK} AND instr(packed, exc
 
 def _claim(row: Sequence[Any]) -> Claim:
     at, message, identifier, until, soft = row
-    return Claim(at, _unpack_id(message), identifier, END if until is None else until, bool(soft))
+    return Claim(at, unpack_id(message), identifier, END if until is None else until, bool(soft))
 
 
 def _claim_row(claim: Claim) -> tuple[Any, ...]:
     until = None if claim.until == END else claim.until
-    return claim.time, _pack_id(claim.message_id), claim.owner, until, claim.soft
+    return claim.time, pack_id(claim.message_id), claim.owner, until, claim.soft
 
 
 def _known(row: Sequence[Any]) -> Known:
     handle, only_previous, at, message, component, canonical = row
-    sighting = Seen(bool(only_previous), at, _unpack_id(message))
+    sighting = Seen(bool(only_previous), at, unpack_id(message))
     return Known(handle, sighting, component, canonical or handle)
-
-
-def _pack_id(value: str) -> bytes | str:
-    """16 bytes for a UUID in its usual form, the text itself for all others."""
-    if len(value) == 36 and value[8] == value[13] == value[18] == value[23] == "-":
-        digits = value.replace("-", "")
-        try:
-            packed = bytes.fromhex(digits)
-        except ValueError:
-            return value
-        if len(packed) == 16 and packed.hex() == digits:
-            return packed
-    return value
-
-
-def _unpack_id(key: bytes | str) -> str:
-    if isinstance(key, str):
-        return key
-    digits = key.hex()
-    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
-
-
-def _pack(message_id: str, at: int) -> tuple[int, int, bytes]:
-    """The day, how it is packed, and the reference itself."""
-    day, rest = divmod(at, DAY)
-    key = _pack_id(message_id)
-    if key.__class__ is bytes:
-        if rest % 1000 == 0:
-            return day, _UUID_MS, _UUID_MS_FORMAT.pack(rest // 1000, key)
-        return day, _UUID_US, rest.to_bytes(5, "big") + key
-    text = message_id.encode()
-    return day, _TEXT, rest.to_bytes(5, "big") + struct.pack(">H", len(text)) + text
-
-
-def _unpack(kind: int, packed: bytes, start: int) -> Iterator[tuple[str, int]]:
-    if kind == _UUID_MS:
-        for at, key in _UUID_MS_FORMAT.iter_unpack(packed):
-            yield _unpack_id(key), start + at * 1000
-        return
-    position = 0
-    while position < len(packed):
-        at = start + int.from_bytes(packed[position : position + 5], "big")
-        position += 5
-        if kind == _UUID_US:
-            yield _unpack_id(packed[position : position + 16]), at
-            position += 16
-        else:
-            (length,) = struct.unpack_from(">H", packed, position)
-            position += 2
-            yield packed[position : position + length].decode(), at
-            position += length
 
 
 def _pack_trait(value: str | int | float | bool) -> str | int | float | bytes:

@@ -81,8 +81,23 @@ class Reference(NamedTuple):
     time: int
 
 
-#: Message ids with their times, by the tables that hold the rows.
-References = Mapping[tuple[str, ...], Mapping[str, int]]
+class Day(NamedTuple):
+    """That there are rows of that day (days since 1970-01-01 UTC), in these tables."""
+
+    subject: int
+    tables: tuple[str, ...]
+    day: int
+
+
+class Rows(NamedTuple):
+    """
+    What is known of the rows of a subject, by the tables that hold them.
+
+    ``references``: message ids with their times. ``days``: the days that have rows.
+    """
+
+    references: Mapping[tuple[str, ...], Mapping[str, int]]
+    days: Mapping[tuple[str, ...], Collection[int]]
 
 
 class Sighting(NamedTuple):
@@ -126,8 +141,8 @@ class Store(Protocol):
     ) -> None:
         """Take claims away and put others there."""
 
-    def soft_claims(self, timeline: int, low: int, high: int) -> list[Claim]:
-        """The soft claims with ``low <= time <= high``."""
+    def soft_claims(self, windows: Mapping[int, tuple[int, int]]) -> dict[int, list[Claim]]:
+        """By timeline, the soft claims with ``low <= time <= high``, sorted."""
 
     def claimed_by(self, identifiers: Collection[int]) -> set[int]:
         """The timelines that these known identifiers ever claimed."""
@@ -176,11 +191,19 @@ class Store(Protocol):
     def forget(self, identifiers: Mapping[Identifier, int], until: int) -> None:
         """Erase known identifiers (with their handles) and all that hangs on them but claims."""
 
-    def references(self, subject: int, start: int, end: int) -> References:
-        """The message references of a subject with ``start <= time < end``."""
+    def rows(self, windows: Mapping[int, tuple[int, int]]) -> dict[int, Rows]:
+        """
+        What is known of the rows of subjects, ``start <= time < end``; days that touch it.
+
+        Subjects of which nothing is known are left out. What `add_references` and `add_days` were
+        given in this transaction need not be there.
+        """
 
     def add_references(self, references: Iterable[Reference]) -> None:
-        """Keep them. One that is there already may be kept twice, but is read once."""
+        """Remember rows by message id. The second time nothing changes."""
+
+    def add_days(self, days: Iterable[Day]) -> None:
+        """Remember days that have rows. The second time nothing changes."""
 
     def find(self, message_id: str) -> list[Sighting]:
         """Everything that is remembered of a message. Reads all of it: not for the hot path."""
@@ -194,17 +217,37 @@ class Store(Protocol):
     def note_tables(self, tables: Iterable[str]) -> None:
         """Remember tables whose rows are not referenced."""
 
+    def lock(self, timelines: Collection[int], identifiers: Collection[int]) -> None:
+        """
+        No other transaction may decide about these between what this one read and its end.
+
+        A store whose writers take turns has nothing to do. Claims that are added, and persons that
+        are set, are locked without being named.
+        """
+
     def last_sequence(self) -> int:
         """The number of the last update; 0 before the first."""
 
     def next_sequence(self) -> int:
         """The next number of an update: greater than all before, in the order of decisions."""
 
+    def versions(self, subjects: Collection[int]) -> dict[int, int]:
+        """
+        What a row of each subject holds as its version when it is stamped now.
+
+        Not less than the number of any update that was decided about it before, and less than
+        those of all later ones. Asked after all else.
+        """
+
     def emit(self, updates: Iterable[UpdateByCriteria]) -> None:
         """Put updates into the outbox."""
 
     def decision(self) -> int:
-        """How many decisions have changed an owner; equal numbers mean equal owners."""
+        """
+        How many decisions have changed an owner; equal numbers mean equal owners.
+
+        A store that cannot count them cheaply gives another number every time.
+        """
 
     def decided(self) -> None:
         """Count one."""

@@ -309,7 +309,7 @@ class GraphTests:
         for number in range(5):
             journey.take(event(f"a{number}", 1, f"d{number}"))
             journey.take(event(f"c{number}", 2, f"d{number}", user=f"u{number}"))
-            sequences.append(journey.take(event(f"b{number}", 3, f"d{number}")).sequence)
+            sequences.append(journey.take(event(f"b{number}", 3, f"d{number}")).versions[0])
         leased = graph.lease_updates(100, 60)
 
         assert [delivery.update.set["user_id"] for delivery in leased] == [
