@@ -73,7 +73,9 @@ class Graph(Protocol):
     What is remembered, shared by any number of recognizers.
 
     Every call is one transaction: when it returns, all of it is durable; when it raises, nothing
-    of it happened. All times are microseconds since 1970-01-01 UTC.
+    of it happened. Only where the rows of a batch are (message references, days) may be known of
+    one that failed: a graph over a network writes that before it decides, and the rows are named
+    again when the batch comes again. All times are microseconds since 1970-01-01 UTC.
     """
 
     def observe(self, rules: Rules, observations: Sequence[Observation]) -> Outcome:
@@ -204,6 +206,7 @@ class StoredGraph(ABC):
 
 _BUILT_IN = {
     "memory": "recognition.graph.memory:MemoryGraph",
+    "mongodb": "recognition.graph.mongo:MongoGraph",
     "sqlite": "recognition.graph.sqlite:SqliteGraph",
 }
 
@@ -224,7 +227,12 @@ def open_graph(url: str, **options: object) -> Graph:
     installed = {point.name: point for point in entry_points(group="recognition.graphs")}
     if scheme in _BUILT_IN:
         module, _, name = _BUILT_IN[scheme].partition(":")
-        opener = getattr(__import__(module, fromlist=[name]), name)
+        try:
+            opener = getattr(__import__(module, fromlist=[name]), name)
+        except ImportError as exc:
+            raise MissingDependencyError(
+                f'graph {scheme!r} needs: pip install "recognition[mongo]" ({exc.name})'
+            ) from exc
     elif scheme in installed:
         try:
             opener = installed[scheme].load()

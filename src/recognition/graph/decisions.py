@@ -1101,7 +1101,8 @@ class _Decision:
         )
         for timeline, old in claims.items():
             gone = [claim for claim in old if claim.owner in theirs]
-            nobody = [claim._replace(owner=None, until=min(until, claim.until)) for claim in gone]
+            # What was barred is not told from what arrives later: nothing is left to tell it by.
+            nobody = [claim._replace(owner=None, until=until) for claim in gone]
             self._replace(timeline, values[timeline], old, gone, nobody)
         self._store.lock(timelines, theirs)
         self._rewrite_identified(dict.fromkeys(theirs), None, until)

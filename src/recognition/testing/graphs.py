@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import permutations
+from math import ceil, floor
 
 import pytest
 
@@ -208,6 +209,28 @@ def _refs(updates: Iterable[UpdateByCriteria]) -> list[tuple[str, datetime]]:
         if isinstance(criterion, Messages)
         for ref in criterion.refs
     ]
+
+
+_DAYS = Rules(target_column="stitched_user_id", default=TableRules(references=References.DAYS))
+_HALF_DAY = DAY / SECOND / 2
+
+
+def _midday(number: int) -> float:
+    """Noon of a day in seconds after `START`, which is a noon too."""
+    return number * 2 * _HALF_DAY
+
+
+def _days(updates: Iterable[UpdateByCriteria]) -> set[int]:
+    """The days that updates name, counted from the one of `START`."""
+    found: set[int] = set()
+    for update in updates:
+        (between,) = (c for c in update.where if isinstance(c, Between))
+        first, last = (
+            ((bound - _EPOCH) // timedelta(microseconds=1) - START) / DAY + 0.5
+            for bound in (between.start, between.end)
+        )
+        found.update(range(floor(first), ceil(last)))
+    return found
 
 
 def _contents(graph: Graph) -> GraphStats:
@@ -852,6 +875,55 @@ class GraphTests:
         assert {update.expected_rows for update in updates} == {None}
         assert journey.owners() == {"a": "u2", "b": "u2", "c": "u1", "late": "u2"}
 
+    def test_with_days_nothing_else_is_kept_of_an_event(self, graph: Graph) -> None:
+        """Days instead of references: updates go by device and by the days that have rows."""
+        journey = Journey(graph, _DAYS)
+        for number in (-1, 0, 1, 5):
+            journey.take(*(event(f"{part}{number}", _midday(number), "d1") for part in "ab"))
+        journey.take(event("last", _midday(5) + _HALF_DAY - 1e-6, "d1"))
+        journey.take(event("c2", _midday(9), "d1", user="u2"))
+        first = journey.deliver()
+        taken = journey.owners()
+        journey.take(event("c1", _midday(0) + 60, "d1", user="u1"))
+        second = journey.deliver()
+        owners = journey.owners()
+
+        assert graph.stats().references == 0
+        assert _refs(first + second) == []
+        assert {update.expected_rows for update in first + second} == {None}
+        assert all(Equals(column="anonymous_id", value="d1") in u.where for u in first + second)
+        assert _days(first) == {-1, 0, 1, 5}
+        assert _days(second) == {-1, 0, 1, 5}
+        assert {m for m, owner in taken.items() if owner != "u2"} == set()
+        assert {m for m, owner in owners.items() if owner != "u1"} == {"c2"}
+
+    def test_with_days_only_rows_cause_updates(self, graph: Graph) -> None:
+        """With days kept, a claim of a device without rows, or far from them, sends nothing."""
+        journey = Journey(graph, _DAYS)
+        journey.take(event("a", _midday(0), "d1"), event("x", _midday(3), "d3"))
+        journey.take(event("c1", _midday(1), "d1", user="u1"))
+        journey.deliver()
+        empty = journey.take(event("c2", _midday(1), "d2", user="u1"))
+        far = journey.take(event("c3", _midday(5), "d1", user="u2"))
+        again = journey.take(event("c2", _midday(1), "d2", user="u1"), event("a", _midday(0), "d1"))
+        late = journey.take(event("b", _midday(6), "d1"))
+
+        assert (empty.claims, far.claims) == (1, 1)
+        assert [done.updates for done in (empty, far, again, late)] == [0, 0, 0, 0]
+        assert drain(graph) == []
+        assert late.owners == (Owner("u2"),)
+
+    def test_expire_drops_days(self, graph: Graph) -> None:
+        """Days before the moment go as references do, and no update names them any more."""
+        journey = Journey(graph, _DAYS)
+        journey.take(*(event(f"m{n}", _midday(n), "d1") for n in range(4)))
+        dropped = graph.expire(at(_midday(2)))
+        again = graph.expire(at(_midday(2)))
+        journey.take(event("claim", _midday(4), "d1", user="u1"))
+
+        assert (dropped, again) == (2, 0)
+        assert _days(journey.deliver()) == {2, 3}
+
     def test_every_table_of_an_event_is_updated(self, graph: Graph) -> None:
         """A track that lies in two tables is updated in both, a page in its own."""
         journey = Journey(graph, Rules(layout=layout_named("segment")))
@@ -1122,7 +1194,8 @@ class GraphTests:
         """
         After an exception inside a decision nothing of it is there.
 
-        A graph that cannot undo refuses to go on instead, and says that something was written.
+        Where its rows are may be known by then: the batch will be sent again. A graph that cannot
+        undo refuses to go on instead, and says that something was written.
         """
         journey = Journey(graph)
         journey.take(event("a", 1, "d1"))
@@ -1146,10 +1219,8 @@ class GraphTests:
         assert after.updates == 1
         assert len(drain(graph)) == 1
         assert (counted.claims, counted.identifiers, counted.links) == (1, 2, 1)
-        assert (counted.references, counted.anonymous_ids) == (
-            before.references,
-            before.anonymous_ids,
-        )
+        assert counted.references - before.references in (0, 1)
+        assert counted.anonymous_ids - before.anonymous_ids in (0, 1)
 
     def test_refused_call_changes_nothing(self, graph: Graph) -> None:
         """A call with wrong arguments is refused before anything is written, and work goes on."""

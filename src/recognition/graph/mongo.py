@@ -1,0 +1,2050 @@
+"""
+MongoDB, for many workers on many machines: a replica set or a sharded cluster, 6.0 or newer.
+
+The protocol. Everybody who writes here keeps these rules, in this order:
+
+1. **Rows first.** Before a batch is decided, what is known of its anonymous rows (`rows_*`, and the
+   tables they lie in) is written, on its own and with ``w: majority``. It is insert-only, its keys
+   follow from its content, and writing it again changes nothing.
+2. **Then read and decide**, in a transaction with a snapshot that begins after rule 1. A batch that
+   has no known identifier writes nothing more: it reads by ``majority`` and needs no transaction.
+3. **Lock what was read.** A decision writes a new version into every timeline, identifier and
+   component of links that it decided about, changed or not. Two decisions that share one are two
+   writes to one document: MongoDB lets one of them commit, the other begins again with what the
+   first one did. New ones are told apart by their unique ``_id`` in the same way.
+4. **Number late.** The sequence of an update is taken after the snapshot is fixed. Of two decisions
+   that share a lock the later one began its last attempt after the earlier one had committed, so
+   its numbers are greater. (Two that share none are about different rows.)
+5. **One commit.** Claims, persons, updates and, in ``sweeps``, the windows of time whose rows have
+   changed hands, become durable together, with ``w: majority``.
+6. **Look again.** After the commit the rows in those windows are read once more. Those that the
+   decision did not see get an update of their own, by the same rules, and the sweep is deleted.
+   Whoever finds a sweep that was left behind by a dead worker does it in its stead.
+
+Why no row is lost between a worker A, that takes an anonymous event in, and a worker B, that claims
+its device: A writes the row (1) before it reads the claims (2). B commits the claim (5) before it
+reads the rows (6). If A did not see the claim, then the claim was not yet durable when A read, so B
+read later than A had written, and sees the row. If B did not see the row, A read after B's commit,
+and stamps it. A majority write is seen by every majority read that begins after it was
+acknowledged, also after another member was elected, which is what the argument needs.
+
+Why no decision is taken on what is not true any more: a decision depends on claims, on persons and
+on nothing else. Claims of a timeline change only under its lock; the person of an identifier, and
+the set of timelines that it claims, only under the identifier's; links only under their
+component's. Hot devices that are merely anonymous take no lock at all.
+
+Collections; a *digest* is a 12-byte name of an anonymous id or a known identifier, in its
+workspace, made with the salt of this graph. It is the beginning of every key, and the shard key.
+
+===============  ==================================  ==============================================
+``timelines``    digest                              one per claimed or released anonymous id
+``claims``       digest, time, message               insert-only but for undo
+``claimants``    identifier, timeline                which timelines an identifier ever claimed
+``identifiers``  digest                              first sighting, person, traits; or a tombstone
+``links``        component, a, b                     with where each was seen, refused ones too
+``rows_00...``   digest, day, place, reference       message references and days, 16 days each
+``outbox``       sequence                            updates that wait; leases by the server's clock
+``dead``         sequence                            updates that were given up, with the reason
+``sweeps``       random                              rule 6, for as long as it is not done
+``meta``         text                                schema and salt, sequence, days, workspaces
+===============  ==================================  ==============================================
+
+``rows_*``, ``claims`` and ``claimants`` are clustered by their key and have no index. They are only
+read by ranges of it, joined by ``$unionWith``: a list (``$in``, ``$or``) on a clustered collection
+is a scan from its least to its greatest value on MongoDB 6.0, as `explain` shows. All keys of a
+collection have the same length, because BSON compares the lengths of binaries first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import logging
+import random
+import secrets
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Self, TypeVar
+
+from bson import Int64
+from pymongo import (
+    DeleteOne,
+    InsertOne,
+    MongoClient,
+    ReadPreference,
+    ReplaceOne,
+    UpdateMany,
+    UpdateOne,
+    uri_parser,
+)
+from pymongo.client_session import ClientSession
+from pymongo.collection import Collection as MongoCollection
+from pymongo.database import Database
+from pymongo.errors import (
+    AutoReconnect,
+    BulkWriteError,
+    ConnectionFailure,
+    DuplicateKeyError,
+    InvalidName,
+    InvalidURI,
+    OperationFailure,
+    PyMongoError,
+)
+from pymongo.errors import ConfigurationError as DriverConfigurationError
+from pymongo.read_concern import ReadConcern
+from pymongo.write_concern import WriteConcern
+
+from recognition.attribution import BEGINNING, DAY, END, Claim
+from recognition.errors import (
+    ConfigurationError,
+    GraphError,
+    GraphReadOnlyError,
+    GraphSchemaError,
+    GraphUnavailableError,
+)
+from recognition.events import Identifier
+from recognition.graph import (
+    Delivery,
+    GraphStats,
+    Observation,
+    Outcome,
+    Receipt,
+    StoredGraph,
+    decisions,
+)
+from recognition.graph.packing import (
+    DIGEST,
+    TEXT,
+    UUID_MS,
+    UUID_US,
+    digester,
+    pack,
+    pack_id,
+    unpack,
+    unpack_id,
+)
+from recognition.graph.store import (
+    Day,
+    Known,
+    Reference,
+    Rows,
+    Sighting,
+    Store,
+    StoredLink,
+    Timeline,
+    Trait,
+)
+from recognition.identity import ANONYMOUS, Seen
+from recognition.messages import UpdateByCriteria, parse_update
+from recognition.rules import References, Rules
+
+_log = logging.getLogger("recognition.graph.mongo")
+
+_Document = dict[str, Any]
+_Result = TypeVar("_Result")
+
+SCHEMA_VERSION = 1
+
+# Days of one rows collection, and how many of them: what is kept for less than 112 days is dropped
+# by whole collections. What is kept longer shares them, and is dropped by `compact`.
+PERIOD = 16
+SLOTS = 8
+
+_ROWS = tuple(f"rows_{slot:02}" for slot in range(SLOTS))
+_CLUSTERED = ("claims", "claimants", *_ROWS)
+_PLAIN = ("timelines", "identifiers", "links", "outbox", "dead", "sweeps", "meta")
+COLLECTIONS = (*_PLAIN, *_CLUSTERED)
+
+# Message references of one document, so that none comes near the 16 MB that BSON allows.
+_CHUNK = 2_000
+
+# Parts of one aggregation; MongoDB allows 1,000 stages in it.
+_UNION = 500
+
+# Claims at the first and the last instant of a timeline that its own document holds.
+_ENDS = 16
+
+# Numbers that one decision takes from the sequence at a time.
+_NUMBERS = 256
+
+_DAY_KIND = 3
+_REST = 20  # bytes of a row's key after digest, day and place
+_NEVER = datetime(1970, 1, 1, tzinfo=UTC)
+
+_MAJORITY = WriteConcern("majority")
+
+
+class MongoGraph(StoredGraph):
+    """
+    A graph in one MongoDB database. Safe for several threads; any number of processes share it.
+
+    Args:
+        url: ``mongodb://`` or ``mongodb+srv://``, with the database in its path (``recognition``,
+            where it has none) and the driver's options.
+        timeout: How long a call goes on trying while no primary can be reached, in seconds.
+        grace: After how long the sweep of a worker is taken to be left behind, in seconds of the
+            server's clock. Doing it twice does no harm.
+
+    Raises:
+        GraphUnavailableError: No server was reached; nothing was written.
+        GraphSchemaError: The database holds a foreign or another version's schema.
+        GraphReadOnlyError: The user may not do what is needed.
+        ConfigurationError: The URL is none, the server is too old, or is no replica set.
+    """
+
+    def __init__(self, url: str, *, timeout: float = 30.0, grace: float = 10.0) -> None:
+        self._timeout = timeout
+        self._grace = grace
+        self._closed = False
+        self._lock = threading.Lock()
+        self._next_look = 0.0
+        self._workspaces: dict[str, _Workspace] = {}
+        self._noted_days: set[int] = set()
+        self._known_days = _Recent(200_000)
+        self._client = _connect(url, timeout)
+        try:
+            with _translated():
+                name = uri_parser.parse_uri(url, warn=False)["database"] or "recognition"
+                self._db = _database(self._client, name)
+                _check_server(self._client)
+                self._salt = _prepare(self._db)
+        except BaseException:
+            self._client.close()
+            raise
+
+    @classmethod
+    def from_url(cls, url: str, **options: Any) -> Self:
+        """``mongodb://host:port/database?replicaSet=name``, as the driver reads it."""
+        return cls(url, **options)
+
+    def close(self) -> None:
+        """See `Graph.close`."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._client.close()
+
+    # ---------------------------------------------------------------- decisions
+
+    def observe(self, rules: Rules, observations: Sequence[Observation]) -> Outcome:
+        """See `Graph.observe`."""
+        self.recover(rules, older_than=self._grace, every=self._grace / 2)
+        workspace = self._workspace(rules.workspace)
+        announced = self._patiently(lambda: self._announce(workspace, rules, observations))
+
+        def work(store: Store) -> Outcome:
+            return decisions.observe(store, rules, observations)
+
+        only_anonymous = not any(o.known for o in observations)
+        return self._decide(workspace, rules, work, announced, light=only_anonymous)
+
+    def recheck(self, rules: Rules, receipt: Receipt) -> int:
+        """See `Graph.recheck`."""
+        return self._decide(
+            self._workspace(rules.workspace),
+            rules,
+            lambda store: decisions.recheck(store, rules, receipt),
+            light=True,
+        )
+
+    def unlink(self, rules: Rules, one: Identifier, other: Identifier) -> int:
+        """See `Graph.unlink`."""
+        return self._decide(
+            self._workspace(rules.workspace),
+            rules,
+            lambda store: decisions.unlink(store, rules, one, other),
+        )
+
+    def release(self, rules: Rules, anonymous_id: str, at: int) -> int:
+        """See `Graph.release`."""
+        return self._decide(
+            self._workspace(rules.workspace),
+            rules,
+            lambda store: decisions.release(store, rules, anonymous_id, at),
+        )
+
+    def forget(self, rules: Rules, identifier: Identifier, at: int) -> int:
+        """See `Graph.forget`."""
+        return self._decide(
+            self._workspace(rules.workspace),
+            rules,
+            lambda store: decisions.forget(store, rules, identifier, at),
+        )
+
+    def recover(self, rules: Rules, *, older_than: float = 0.0, every: float = 0.0) -> int:
+        """
+        Do the sweeps (rule 6) that dead workers left behind in the workspace of the rules.
+
+        `observe` does so by itself.
+
+        Args:
+            rules: How the workspace is decided.
+            older_than: Only those begun so many seconds ago, by the server's clock.
+            every: Not again within so many seconds of the last time, by this process.
+
+        Returns:
+            The number of updates emitted.
+        """
+        with self._lock:
+            now = time.monotonic()
+            if now < self._next_look:
+                return 0
+            self._next_look = now + every
+        workspace = self._workspace(rules.workspace)
+        age = {"$subtract": ["$$NOW", {"$literal": round(older_than * 1000)}]}
+        left = self._patiently(
+            lambda: list(
+                self._db["sweeps"].find({"w": rules.workspace, "$expr": {"$lte": ["$at", age]}})
+            )
+        )
+        emitted = 0
+        for sweep in left:
+            windows = {int.from_bytes(s): (start, end) for s, start, end in sweep["windows"]}
+            emitted += self._sweep(workspace, rules, sweep["_id"], windows, {}, set())
+        return emitted
+
+    def _run(self, workspace: str, work: Callable[[Store], _Result]) -> _Result:
+        raise NotImplementedError("every decision here names its rules: see `_decide`")
+
+    def _decide(
+        self,
+        workspace: _Workspace,
+        rules: Rules,
+        work: Callable[[Store], _Result],
+        announced: Mapping[bytes, set[str]] | None = None,
+        *,
+        light: bool = False,
+    ) -> _Result:
+        """
+        Do the work by rules 2 to 6. ``light``: it is likely that nothing is to be written.
+        """
+        self._check_open()
+        if light:
+            store = _MongoStore(self, workspace, None, announced or {})
+            result = self._patiently(lambda: work(store))
+            if not store.has_changes:
+                return result
+        deadline = time.monotonic() + self._timeout
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                with _translated():
+                    store, result = self._attempt(workspace, work, announced or {})
+                break
+            except _AgainError as exc:
+                if time.monotonic() > deadline:
+                    raise GraphUnavailableError(
+                        f"no decision came about within {self._timeout:g} s, in {attempt} attempts"
+                        f" ({exc}). Nothing of it was written; the same call again is safe."
+                    ) from exc.__cause__
+            time.sleep(random.uniform(0, min(0.002 * 2 ** min(attempt, 7), 0.25)))
+        if store.windows:
+            self._sweep(
+                workspace, rules, store.sweep_id, store.windows, store.rows_seen, store.tables_seen
+            )
+        return result
+
+    def _attempt(
+        self,
+        workspace: _Workspace,
+        work: Callable[[Store], _Result],
+        announced: Mapping[bytes, set[str]],
+    ) -> tuple[_MongoStore, _Result]:
+        try:
+            with self._client.start_session() as session:
+                session.start_transaction(ReadConcern("snapshot"), _MAJORITY)
+                store = _MongoStore(self, workspace, session, announced)
+                try:
+                    result = work(store)
+                    if store.has_changes:
+                        store.flush()
+                    else:
+                        session.abort_transaction()
+                        return store, result
+                except BaseException:
+                    if session.in_transaction:
+                        session.abort_transaction()
+                    raise
+                self._commit(session)
+                return store, result
+        except DuplicateKeyError as exc:
+            raise _AgainError("another worker made the same thing") from exc
+        except BulkWriteError as exc:
+            errors = (exc.details or {}).get("writeErrors", [])
+            if errors and all(error.get("code") in (11000, 112) for error in errors):
+                raise _AgainError("another worker made the same thing") from exc
+            raise
+        except PyMongoError as exc:
+            if exc.has_error_label("TransientTransactionError") or isinstance(exc, AutoReconnect):
+                raise _AgainError(_describe(exc)) from exc
+            raise
+
+    def _commit(self, session: ClientSession) -> None:
+        deadline = time.monotonic() + self._timeout
+        while True:
+            try:
+                session.commit_transaction()
+                return
+            except PyMongoError as exc:
+                if not exc.has_error_label("UnknownTransactionCommitResult"):
+                    raise
+                if time.monotonic() > deadline:
+                    raise GraphUnavailableError(
+                        "the connection went away during the commit; the batch was written whole"
+                        " or not at all. The same call again is safe.",
+                        written=None,
+                    ) from exc
+                time.sleep(0.05)
+
+    def _sweep(
+        self,
+        workspace: _Workspace,
+        rules: Rules,
+        sweep: bytes,
+        windows: Mapping[int, tuple[int, int]],
+        seen: Mapping[int, Rows],
+        tables_seen: set[str],
+    ) -> int:
+        """Rule 6: rows that the decision did not see get an update of their own."""
+
+        def look() -> tuple[dict[int, tuple[Rows, tuple[int, int]]], set[str]]:
+            missed: dict[int, tuple[Rows, tuple[int, int]]] = {}
+            for subject, rows in self._read_rows(windows, workspace, None).items():
+                before = seen.get(subject, _NO_ROWS)
+                late = Rows(
+                    {
+                        tables: left
+                        for tables, refs in rows.references.items()
+                        if (left := _beside(refs, before.references.get(tables, {})))
+                    },
+                    {
+                        tables: new
+                        for tables, days in rows.days.items()
+                        if (new := set(days) - set(before.days.get(tables, ())))
+                    },
+                )
+                if late.references or late.days:
+                    missed[subject] = (late, windows[subject])
+            tables = {
+                table
+                for table in self._tables(workspace.name) - tables_seen
+                if rules.references_of(table) is References.NONE
+            }
+            if tables:
+                missed = {s: missed.get(s, (_NO_ROWS, window)) for s, window in windows.items()}
+            return missed, tables
+
+        missed, tables = self._patiently(look)
+        emitted = 0
+        if missed:
+            emitted = self._decide(
+                workspace,
+                rules,
+                lambda store: decisions.catch_up(store, rules, missed, tables),
+            )
+            _log.debug("rows of %d timelines came while they were decided", len(missed))
+        self._patiently(lambda: self._db["sweeps"].delete_one({"_id": sweep}))
+        return emitted
+
+    @contextmanager
+    def _reader(self, workspace: str) -> Iterator[Store]:
+        self._check_open()
+        with _translated(), self._client.start_session(snapshot=True) as session:
+            yield _MongoStore(self, self._workspace(workspace), session, {}, reads_only=True)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise GraphError("the graph is closed")
+
+    def _patiently(self, work: Callable[[], _Result]) -> _Result:
+        """Do what may be done again while no primary can be reached, for as long as is allowed."""
+        self._check_open()
+        deadline = time.monotonic() + self._timeout
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                with _translated(again=True):
+                    return work()
+            except _AgainError as exc:
+                if time.monotonic() > deadline:
+                    raise GraphUnavailableError(
+                        f"the graph could not be reached for {self._timeout:g} s: {exc}."
+                        " No decision was written; the same call again is safe."
+                    ) from exc.__cause__
+            time.sleep(random.uniform(0.01, min(0.02 * attempt, 0.25)))
+
+    # ---------------------------------------------------------------- names
+
+    def _workspace(self, name: str) -> _Workspace:
+        if name not in self._workspaces:
+            self._workspaces[name] = _Workspace(name, digester(self._salt, name))
+        return self._workspaces[name]
+
+    def _decided_with(self, workspace: _Workspace, rules: str, *, reads_only: bool) -> str:
+        if not workspace.rules:
+            found = self._db["meta"].find_one({"_id": _meta(workspace.name)}) or {}
+            if not found.get("rules") and not reads_only:
+                key = {"_id": _meta(workspace.name), "rules": {"$exists": False}}
+                with suppress(DuplicateKeyError):  # another worker was first
+                    self._db["meta"].update_one(key, {"$set": {"rules": rules}}, upsert=True)
+                found = self._db["meta"].find_one({"_id": _meta(workspace.name)}) or {}
+            workspace.rules = found.get("rules", "")
+        return workspace.rules or rules
+
+    def _tables(self, workspace: str) -> set[str]:
+        found = self._db["meta"].find_one({"_id": _meta(workspace)}, {"tables": 1}) or {}
+        return set(found.get("tables", ()))
+
+    def _note_tables(self, workspace: _Workspace, tables: Collection[str]) -> None:
+        new = set(tables) - workspace.tables
+        if new:
+            self._db["meta"].update_one(
+                {"_id": _meta(workspace.name)},
+                {"$addToSet": {"tables": {"$each": sorted(new)}}},
+                upsert=True,
+            )
+            workspace.tables |= new
+
+    def _place(self, workspace: _Workspace, tables: tuple[str, ...]) -> int:
+        """The number of a combination of tables; one is given where it has none."""
+        if tables not in workspace.places:
+            self._read_places(workspace)
+        while tables not in workspace.places:
+            number = self._count_up("places", 1, self._db["meta"])
+            self._db["meta"].update_one(
+                {"_id": _meta(workspace.name), "places.tables": {"$ne": list(tables)}},
+                {"$push": {"places": {"n": number, "tables": list(tables)}}},
+            )
+            self._read_places(workspace)
+        return workspace.places[tables]
+
+    def _place_name(self, workspace: _Workspace, place: int) -> tuple[str, ...] | None:
+        if place not in workspace.place_names:
+            self._read_places(workspace)
+        return workspace.place_names.get(place)
+
+    def _read_places(self, workspace: _Workspace) -> None:
+        found = self._db["meta"].find_one({"_id": _meta(workspace.name)}, {"places": 1}) or {}
+        for place in found.get("places", ()):
+            workspace.places[tuple(place["tables"])] = place["n"]
+            workspace.place_names[place["n"]] = tuple(place["tables"])
+
+    def _take_numbers(self, count: int) -> int:
+        """The first of so many new numbers, greater than all that were ever taken."""
+        # Not majority: what commits after this is in the log after it, so that it cannot be there
+        # without this being there.
+        meta = self._db["meta"].with_options(write_concern=WriteConcern(1))
+        return self._count_up("sequence", count, meta) - count + 1
+
+    @staticmethod
+    def _count_up(name: str, by: int, meta: MongoCollection[_Document]) -> int:
+        found: Any = meta.find_one_and_update(
+            {"_id": name}, {"$inc": {"n": by}}, upsert=True, return_document=True
+        )
+        return int(found["n"])
+
+    # ---------------------------------------------------------------- rows
+
+    def _announce(
+        self, workspace: _Workspace, rules: Rules, observations: Sequence[Observation]
+    ) -> dict[bytes, set[str]]:
+        """Rule 1. Gives the messages of each subject that were not known before."""
+        places = {o.tables for o in observations}
+        if not places:
+            return {}
+        # A place is a part of the document that the rules make.
+        self._decided_with(workspace, rules.fingerprint, reads_only=False)
+        self._note_tables(workspace, {table for tables in places for table in tables})
+        ids, days = decisions.device_rows(rules, observations)
+        subjects: dict[str, bytes] = {}
+        for value, _ in (*ids, *days):
+            if value not in subjects:
+                subjects[value] = workspace.digest(ANONYMOUS, value)
+        fresh = self._write_references(
+            workspace, [(subjects[v], o.tables, o.message_id, o.time) for v, o in ids], None
+        )
+        if days:
+            self._write_days(
+                workspace, {(subjects[v], o.tables, o.time // DAY) for v, o in days}, None
+            )
+        return fresh
+
+    def _write_references(
+        self,
+        workspace: _Workspace,
+        references: Iterable[tuple[bytes, tuple[str, ...], str, int]],
+        session: ClientSession | None,
+    ) -> dict[bytes, set[str]]:
+        """Insert what is not there; gives the messages of each subject that were not."""
+        chunks: dict[bytes, dict[bytes, tuple[str, bytes]]] = {}
+        slots: dict[tuple[tuple[str, ...], int], bytes] = {}
+        days: set[int] = set()
+        fresh: dict[bytes, set[str]] = {}
+        for subject, tables, message_id, at in references:
+            day, kind, packed = pack(message_id, at)
+            slot = slots.get((tables, kind))
+            if slot is None:
+                place = self._place(workspace, tables)
+                slot = slots[tables, kind] = (place * 4 + kind).to_bytes(3)
+            days.add(day)
+            prefix = subject + day.to_bytes(3) + slot
+            rest = packed if kind == UUID_MS else _short(packed, kind)
+            chunk = chunks.get(prefix)
+            if chunk is None:
+                chunks[prefix] = {rest: (message_id, packed)}
+            else:
+                chunk[rest] = (message_id, packed)
+            if subject in fresh:
+                fresh[subject].add(message_id)
+            else:
+                fresh[subject] = {message_id}
+        if not chunks:
+            return fresh
+        self._note_days(days)
+        known = self._insert_chunks(chunks, session)
+        for prefix, rest in known:
+            fresh[prefix[:DIGEST]].discard(chunks[prefix][rest][0])
+        return fresh
+
+    def _insert_chunks(
+        self,
+        chunks: Mapping[bytes, Mapping[bytes, tuple[str, bytes]]],
+        session: ClientSession | None,
+    ) -> set[tuple[bytes, bytes]]:
+        """Gives the prefix and the rest of the key of references that were there already."""
+        by_slot: dict[str, list[_Document]] = {}
+        for prefix, chunk in chunks.items():
+            documents = by_slot.setdefault(_rows_of(prefix), [])
+            if len(chunk) == 1 and prefix[-1] & 3 == UUID_MS:
+                documents.append({"_id": prefix + next(iter(chunk))})
+                continue
+            ordered = sorted(chunk)
+            for start in range(0, len(ordered), _CHUNK):
+                documents.append(_chunk(prefix, ordered[start : start + _CHUNK], chunk))
+        known: set[tuple[bytes, bytes]] = set()
+        for name, documents in by_slot.items():
+            taken = self._insert(name, documents, session)
+            if not taken:
+                continue
+            known.update((key[:-_REST], key[-_REST:]) for key in taken)
+            longer = [key for key in taken if len(chunks[key[:-_REST]]) > 1]
+            if longer:
+                known |= self._insert_rest(name, longer, chunks, session)
+        return known
+
+    def _insert_rest(
+        self,
+        name: str,
+        taken: Sequence[bytes],
+        chunks: Mapping[bytes, Mapping[bytes, tuple[str, bytes]]],
+        session: ClientSession | None,
+    ) -> set[tuple[bytes, bytes]]:
+        """A chunk was there under the same first reference: insert what it does not hold."""
+        known: set[tuple[bytes, bytes]] = set()
+        singles: list[_Document] = []
+        ranges = [(name, key, key) for key in taken]
+        held = {d["_id"]: d for d in self._union(ranges, session)}
+        for key in taken:
+            prefix = key[:-_REST]
+            kind = prefix[-1] & 3
+            there = {rest for rest, _ in _references_in(held[key], kind)}
+            chunk = chunks[prefix]
+            for rest in chunk:
+                if rest in there:
+                    known.add((prefix, rest))
+                elif rest > key[-_REST:]:
+                    singles.append(_chunk(prefix, [rest], chunk))
+        again = self._insert(name, singles, session)
+        known.update((key[:-_REST], key[-_REST:]) for key in again)
+        return known
+
+    def _insert(
+        self, name: str, documents: Sequence[_Document], session: ClientSession | None
+    ) -> list[bytes]:
+        """Insert; gives the keys that were there already."""
+        if not documents:
+            return []
+        if session is not None:
+            # An error would end the transaction: look first.
+            ranges = [(name, d["_id"], d["_id"]) for d in documents]
+            held = {d["_id"] for d in self._union(ranges, session)}
+            new = [d for d in documents if d["_id"] not in held]
+            if new:
+                self._db[name].insert_many(new, ordered=False, session=session)
+            return list(held)
+        try:
+            self._db[name].insert_many(documents, ordered=False)
+        except BulkWriteError as exc:
+            details = exc.details or {}
+            errors = details.get("writeErrors", [])
+            if any(error.get("code") != 11000 for error in errors):
+                raise
+            if details.get("writeConcernErrors"):
+                raise _AgainError("the members did not confirm in time") from exc
+            return [documents[error["index"]]["_id"] for error in errors]
+        return []
+
+    def _write_days(
+        self,
+        workspace: _Workspace,
+        days: Collection[tuple[bytes, tuple[str, ...], int]],
+        session: ClientSession | None,
+    ) -> None:
+        keys: dict[str, list[bytes]] = {}
+        for subject, tables, day in days:
+            slot = (self._place(workspace, tables) * 4 + _DAY_KIND).to_bytes(3)
+            key = subject + day.to_bytes(3) + slot + bytes(_REST)
+            if key not in self._known_days:
+                keys.setdefault(_rows_of(key[:-_REST]), []).append(key)
+        self._note_days({day for _, _, day in days})
+        for name, new in keys.items():
+            self._insert(name, [{"_id": key} for key in new], session)
+            if session is None:
+                self._known_days.add(new)
+
+    def _note_days(self, days: Collection[int]) -> None:
+        new = set(days) - self._noted_days
+        if new:
+            self._db["meta"].update_one(
+                {"_id": "days"}, {"$addToSet": {"days": {"$each": sorted(new)}}}, upsert=True
+            )
+            self._noted_days |= new
+
+    def _days(self) -> list[int]:
+        """The days that have rows, of all workspaces."""
+        return sorted((self._db["meta"].find_one({"_id": "days"}) or {}).get("days", ()))
+
+    def _read_rows(
+        self,
+        windows: Mapping[int, tuple[int, int]],
+        workspace: _Workspace,
+        session: ClientSession | None,
+    ) -> dict[int, Rows]:
+        days = self._days()
+        ranges: list[tuple[str, bytes, bytes]] = []
+        for handle, (start, end) in windows.items():
+            subject = abs(handle).to_bytes(DIGEST)
+            bounds: dict[str, tuple[int, int]] = {}
+            for day in days:
+                if day * DAY < end and (day + 1) * DAY > start:
+                    name = _ROWS[day // PERIOD % SLOTS]
+                    low, _ = bounds.get(name, (day, day))
+                    bounds[name] = (low, day)
+            for name, (low, high) in bounds.items():
+                ranges.append(
+                    (
+                        name,
+                        subject + low.to_bytes(3) + bytes(3 + _REST),
+                        subject + high.to_bytes(3) + b"\xff" * (3 + _REST),
+                    )
+                )
+        signs = {abs(handle).to_bytes(DIGEST): handle for handle in windows}
+        kept = set(days)
+        found: dict[int, tuple[dict[Any, dict[str, int]], dict[Any, set[int]]]] = {}
+        for document in self._union(ranges, session):
+            key = document["_id"]
+            day = int.from_bytes(key[DIGEST : DIGEST + 3])
+            slot = int.from_bytes(key[DIGEST + 3 : DIGEST + 6])
+            place = self._place_name(workspace, slot // 4)
+            if day not in kept or place is None:
+                continue
+            handle = signs[key[:DIGEST]]
+            start, end = windows[handle]
+            references, touched = found.setdefault(handle, ({}, {}))
+            if slot % 4 == _DAY_KIND:
+                touched.setdefault(place, set()).add(day)
+                continue
+            held = references.setdefault(place, {})
+            for _, packed in _references_in(document, slot % 4):
+                for message_id, at in unpack(slot % 4, packed, day * DAY):
+                    if start <= at < end:
+                        held[message_id] = at
+        rows = {
+            handle: Rows({place: refs for place, refs in references.items() if refs}, touched)
+            for handle, (references, touched) in found.items()
+        }
+        return {h: found for h, found in rows.items() if found.references or found.days}
+
+    def _union(
+        self, ranges: Sequence[tuple[str, bytes, bytes]], session: ClientSession | None
+    ) -> Iterator[_Document]:
+        """
+        Documents of ranges of keys, both ends included, in few round trips.
+
+        A transaction has no ``$unionWith``: what is read for one is read beside it, and later than
+        its snapshot, which includes what the primary holds and the majority does not confirm yet.
+        What is newer than the snapshot was written under a lock (rule 3) that this transaction
+        takes too, so that it will be done again.
+        """
+        concern = ReadConcern("majority")
+        if session is not None and session.in_transaction:
+            session, concern = None, ReadConcern("local")
+        for start in range(0, len(ranges), _UNION):
+            part = ranges[start : start + _UNION]
+            name, low, high = part[0]
+            pipeline: list[_Document] = [{"$match": {"_id": {"$gte": low, "$lte": high}}}]
+            for other, low, high in part[1:]:
+                match = {"$match": {"_id": {"$gte": low, "$lte": high}}}
+                pipeline.append({"$unionWith": {"coll": other, "pipeline": [match]}})
+            source = self._db[name].with_options(read_concern=concern)
+            yield from source.aggregate(pipeline, session=session, batchSize=20_000)
+
+    def _first(
+        self, name: str, low: bytes, high: bytes, direction: int, session: ClientSession | None
+    ) -> _Document | None:
+        """The first or last document of a range of keys; read as `_union` reads."""
+        concern = ReadConcern("majority")
+        if session is not None and session.in_transaction:
+            session, concern = None, ReadConcern("local")
+        source = self._db[name].with_options(read_concern=concern)
+        key = {"_id": {"$gte": low, "$lte": high}}
+        return source.find_one(key, sort=[("_id", direction)], session=session)
+
+    # ---------------------------------------------------------------- outbox
+
+    def lease_updates(self, limit: int, seconds: float) -> list[Delivery]:
+        """See `Graph.lease_updates`."""
+        holder = secrets.token_bytes(DIGEST)
+        outbox = self._db["outbox"]
+        free = {"$expr": {"$lte": ["$until", "$$NOW"]}}
+
+        def lease() -> list[_Document]:
+            keys = [d["_id"] for d in outbox.find(free, {"_id": 1}).sort("_id", 1).limit(limit)]
+            if not keys:
+                return []
+            until = {"$add": ["$$NOW", round(seconds * 1000)]}
+            outbox.update_many(
+                {"_id": {"$in": keys}, **free},
+                [{"$set": {"until": until, "holder": holder, "n": {"$add": ["$n", 1]}}}],
+            )
+            # Some of them may have been leased by another worker in between.
+            return list(outbox.find({"_id": {"$in": keys}, "holder": holder}).sort("_id", 1))
+
+        return [
+            Delivery(d["_id"], parse_update(d["body"]), d["n"] - 1) for d in self._patiently(lease)
+        ]
+
+    def acknowledge(self, positions: Collection[int]) -> None:
+        """See `Graph.acknowledge`."""
+        keys = list(positions)
+        for name in ("outbox", "dead"):
+            self._patiently(lambda name=name: self._db[name].delete_many({"_id": {"$in": keys}}))  # type: ignore[misc]
+
+    def return_updates(self, positions: Collection[int], reason: str, *, dead: bool) -> None:
+        """See `Graph.return_updates`."""
+        keys = list(positions)
+        chosen = {"_id": {"$in": keys}}
+        # There before it is gone here: whoever dies in between leaves it in both, and it comes
+        # again.
+        if dead:
+            self._patiently(lambda: self._move("outbox", "dead", chosen, {"reason": reason}))
+        else:
+            self._patiently(lambda: self._move("dead", "outbox", chosen, {"until": _NEVER}))
+            self._patiently(
+                lambda: self._db["outbox"].update_many(chosen, {"$set": {"until": _NEVER}})
+            )
+
+    def _move(self, source: str, target: str, chosen: _Document, fields: _Document) -> None:
+        found = list(self._db[source].find(chosen))
+        if found:
+            self._db[target].bulk_write(
+                [ReplaceOne({"_id": d["_id"]}, {**d, **fields}, upsert=True) for d in found],
+                ordered=False,
+            )
+            self._db[source].delete_many({"_id": {"$in": [d["_id"] for d in found]}})
+
+    def dead_updates(self, limit: int) -> list[tuple[Delivery, str]]:
+        """See `Graph.dead_updates`."""
+        found = self._patiently(lambda: list(self._db["dead"].find().sort("_id", 1).limit(limit)))
+        return [(Delivery(d["_id"], parse_update(d["body"]), d["n"]), d["reason"]) for d in found]
+
+    # ---------------------------------------------------------------- the whole graph
+
+    def stats(self) -> GraphStats:
+        """See `Graph.stats`. Updates are counted without reading them."""
+        return self._patiently(self._stats)
+
+    def _stats(self) -> GraphStats:
+        db = self._db
+        kept = set(self._days())
+        references = devices = 0
+        last = b""
+        # All in the order of their digests, so that each is counted once.
+        for key, size in heapq.merge(
+            *(self._row_sizes(name) for name in _ROWS),
+            ((d["_id"], 0) for d in db["timelines"].find({}, {"_id": 1}).sort("_id", 1)),
+        ):
+            visible = len(key) == DIGEST or int.from_bytes(key[DIGEST : DIGEST + 3]) in kept
+            if visible and key[:DIGEST] != last and not key[DIGEST - 1] & 1:
+                devices += 1
+                last = key[:DIGEST]
+            if visible:
+                references += size
+        persons = list(
+            db["identifiers"].aggregate(
+                [
+                    {"$match": {"t": {"$exists": True}}},
+                    {"$group": {"_id": {"$ifNull": ["$k", "$_id"]}, "n": {"$sum": 1}}},
+                    {"$group": {"_id": None, "persons": {"$sum": 1}, "n": {"$sum": "$n"}}},
+                ],
+                allowDiskUse=True,
+            )
+        )
+        counts = persons[0] if persons else {"persons": 0, "n": 0}
+        disk = db.command("dbStats")
+        return GraphStats(
+            anonymous_ids=devices,
+            identifiers=counts["n"],
+            persons=counts["persons"],
+            claims=db["claims"].estimated_document_count(),
+            links=db["links"].count_documents({"r": ""}),
+            conflicts=db["links"].count_documents({"r": {"$in": ["unique", "limit"]}}),
+            references=references,
+            pending_updates=db["outbox"].estimated_document_count(),
+            dead_updates=db["dead"].estimated_document_count(),
+            bytes=int(disk["storageSize"] + disk["indexSize"]),
+        )
+
+    def _row_sizes(self, name: str) -> Iterator[tuple[bytes, int]]:
+        """Keys in their order, with the number of references that each holds."""
+        projection = {"r": 1}
+        for document in self._db[name].find({}, projection, batch_size=20_000):
+            kind = document["_id"][DIGEST + 5] & 3
+            if kind == _DAY_KIND:
+                yield document["_id"], 0
+            elif "r" not in document:
+                yield document["_id"], 1
+            else:
+                yield document["_id"], sum(1 for _ in _references_in(document, kind))
+
+    def expire(self, before: int) -> int:
+        """
+        See `Graph.expire`.
+
+        Rows of those days are not seen any more from now on; collections that hold nothing else
+        are replaced by empty ones at once, the rest goes with `compact`.
+        """
+        horizon = before // DAY
+
+        def forget_days() -> int:
+            days = self._days()
+            old = [day for day in days if day < horizon]
+            if old:
+                self._db["meta"].update_one({"_id": "days"}, {"$pull": {"days": {"$in": old}}})
+            return len(old)
+
+        dropped = self._patiently(forget_days)
+        self._noted_days = {day for day in self._noted_days if day >= horizon}
+        if dropped:
+            kept = {day // PERIOD % SLOTS for day in self._patiently(self._days)}
+            for slot in set(range(SLOTS)) - kept:
+                self._patiently(lambda name=_ROWS[slot]: self._empty(name))  # type: ignore[misc]
+        return dropped
+
+    def _empty(self, name: str) -> None:
+        if self._db[name].find_one({}, {"_id": 1}) is None:
+            return
+        spare = f"{name}_new"
+        self._db.drop_collection(spare)
+        _create(self._db, spare, clustered=True)
+        self._db[spare].rename(name, dropTarget=True)
+
+
+@dataclass(slots=True)
+class _Workspace:
+    """What this process knows of a workspace: it only grows."""
+
+    name: str
+    digest: Callable[[str, str], bytes]
+    rules: str = ""
+    tables: set[str] = field(default_factory=set)
+    places: dict[tuple[str, ...], int] = field(default_factory=dict)
+    place_names: dict[int, tuple[str, ...]] = field(default_factory=dict)
+
+
+class _Recent:
+    """The last so many keys that are known to be in the database."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._keys: dict[bytes, None] = {}
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._keys
+
+    def add(self, keys: Iterable[bytes]) -> None:
+        self._keys.update(dict.fromkeys(keys))
+        while len(self._keys) > self._limit:
+            self._keys.pop(next(iter(self._keys)), None)
+
+
+class _AgainError(Exception):
+    """The same work may succeed when it is done again. Nothing of it was written."""
+
+
+# -------------------------------------------------------------------- a transaction
+
+
+class _MongoStore:
+    """
+    One transaction of one workspace; without a session, majority reads and no writes.
+
+    What is read is kept, and what is written is written at the end, by one command for each
+    collection, so that the number of round trips does not depend on the size of the batch.
+    """
+
+    def __init__(
+        self,
+        graph: MongoGraph,
+        workspace: _Workspace,
+        session: ClientSession | None,
+        announced: Mapping[bytes, set[str]],
+        *,
+        reads_only: bool = False,
+    ) -> None:
+        self._graph = graph
+        self._db = graph._db
+        self._workspace = workspace
+        self._session = session
+        self._announced = announced
+        self._reads_only = reads_only
+        self.sweep_id = secrets.token_bytes(DIGEST)
+        self.windows: dict[int, tuple[int, int]] = {}
+        self.rows_seen: dict[int, Rows] = {}
+        self.tables_seen: set[str] = set()
+        self._timelines: dict[bytes, _Document | None] = {}
+        self._values: dict[bytes, str] = {}
+        self._whole: dict[bytes, list[Claim]] = {}
+        self._owners: dict[bytes, set[bytes]] = {}
+        self._identifiers: dict[bytes, _Document | None] = {}
+        self._links: dict[int, dict[tuple[int, int, bool], StoredLink]] = {}
+        self._changed_timelines: set[bytes] = set()
+        self._changed_identifiers: set[bytes] = set()
+        self._locked: set[bytes] = set()
+        self._claim_writes: list[Any] = []
+        self._claimant_writes: dict[bytes, bool] = {}
+        self._link_writes: dict[bytes, Any] = {}
+        self._components: set[int] = set()
+        self._references: list[tuple[bytes, tuple[str, ...], str, int]] = []
+        self._gone_subjects: set[bytes] = set()
+        self._updates: list[UpdateByCriteria] = []
+        self._numbers: tuple[int, int] = (0, 0)
+        self._version = 0
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether there is anything to be written."""
+        return bool(
+            self._changed_timelines
+            or self._changed_identifiers
+            or self._claim_writes
+            or self._claimant_writes
+            or self._link_writes
+            or self._components
+            or self._references
+            or self._gone_subjects
+            or self._updates
+        )
+
+    def flush(self) -> None:
+        """Write everything, in the transaction."""
+        session, db = self._session, self._db
+        version = self._final_version()
+        timelines: list[Any] = []
+        for key in self._changed_timelines:
+            document = self._timelines[key]
+            assert document is not None
+            timelines.append(ReplaceOne({"_id": key}, {**document, "v": version}, upsert=True))
+        identifiers: list[Any] = []
+        for key in self._changed_identifiers:
+            document = self._identifiers[key]
+            assert document is not None
+            identifiers.append(ReplaceOne({"_id": key}, {**document, "v": version}, upsert=True))
+        locked = self._locked - self._changed_timelines - self._changed_identifiers
+        for writes, known in ((timelines, False), (identifiers, True)):
+            held = [key for key in locked if bool(key[-1] & 1) == known]
+            if held:
+                writes.append(UpdateMany({"_id": {"$in": held}}, {"$set": {"v": version}}))
+        links = list(self._link_writes.values())
+        for component in self._components:
+            key = _link_key(component, 0, 0, False)
+            links.append(
+                UpdateOne({"_id": key, "c": _key(component)}, {"$set": {"v": version}}, upsert=True)
+            )
+        claimants: list[Any] = [
+            UpdateOne({"_id": pair}, {"$setOnInsert": {"_id": pair}}, upsert=True)
+            if there
+            else DeleteOne({"_id": pair})
+            for pair, there in self._claimant_writes.items()
+        ]
+        for name, writes in (
+            ("timelines", timelines),
+            ("identifiers", identifiers),
+            ("links", links),
+            ("claims", self._claim_writes),
+            ("claimants", claimants),
+        ):
+            if writes:
+                db[name].bulk_write(writes, ordered=False, session=session)
+        for subject in self._gone_subjects:
+            low, high = subject + bytes(6 + _REST), subject + b"\xff" * (6 + _REST)
+            for name in sorted({_ROWS[day // PERIOD % SLOTS] for day in self._graph._days()}):
+                db[name].delete_many({"_id": {"$gte": low, "$lte": high}}, session=session)
+        if self._references:
+            self._graph._write_references(self._workspace, self._references, session)
+        if self._updates:
+            db["outbox"].insert_many(
+                [
+                    {
+                        "_id": update.sequence,
+                        "w": self._workspace.name,
+                        "body": update.model_dump_json(),
+                        "n": 0,
+                        "until": _NEVER,
+                    }
+                    for update in self._updates
+                ],
+                session=session,
+            )
+        if self.windows:
+            windows = [[_key(h), start, end] for h, (start, end) in self.windows.items()]
+            fields = {"w": self._workspace.name, "windows": windows}
+            db["sweeps"].update_one(
+                {"_id": self.sweep_id},
+                [{"$set": {**{k: {"$literal": v} for k, v in fields.items()}, "at": "$$NOW"}}],
+                upsert=True,
+                session=session,
+            )
+
+    def decided_with(self, rules: str) -> str:
+        return self._graph._decided_with(self._workspace, rules, reads_only=self._reads_only)
+
+    # ---------------------------------------------------------------- timelines
+
+    def _load_timelines(self, keys: Iterable[bytes]) -> None:
+        missing = [key for key in keys if key not in self._timelines]
+        if missing:
+            self._timelines.update(dict.fromkeys(missing))
+            for document in self._db["timelines"].find(
+                {"_id": {"$in": missing}}, session=self._session, batch_size=20_000
+            ):
+                self._timelines[document["_id"]] = document
+
+    def timelines(self, anonymous_ids: Collection[str]) -> dict[str, Timeline]:
+        digest = self._workspace.digest
+        keys = {value: digest(ANONYMOUS, value) for value in anonymous_ids}
+        self._load_timelines(keys.values())
+        found = {}
+        for value, key in keys.items():
+            self._values[key] = value
+            document = self._timelines[key]
+            # Whether it was ever seen is not known, and nobody has to know.
+            if document is None:
+                found[value] = Timeline(int.from_bytes(key), False)
+            else:
+                handle = int.from_bytes(key)
+                found[value] = Timeline(handle, document["n"] > 0, document.get("r", -1))
+        return found
+
+    def add_timelines(self, anonymous_ids: Collection[str]) -> dict[str, int]:
+        return {value: held.handle for value, held in self.timelines(anonymous_ids).items()}
+
+    def anonymous_ids(self, timelines: Collection[int]) -> dict[int, str]:
+        keys = {_key(handle): handle for handle in timelines}
+        self._load_timelines(keys)
+        return {
+            handle: document["a"]
+            for key, handle in keys.items()
+            if (document := self._timelines[key]) is not None
+        }
+
+    def _timeline(self, key: bytes) -> _Document:
+        """The document of a timeline, to be changed."""
+        self._load_timelines([key])
+        document = self._timelines[key]
+        if document is None:
+            document = self._timelines[key] = {
+                "_id": key,
+                "w": self._workspace.name,
+                "a": self._values[key],
+                "n": 0,
+                "first": [],
+                "last": [],
+            }
+        self._changed_timelines.add(key)
+        return document
+
+    def claims(
+        self, windows: Mapping[int, tuple[int, int]], *, first: bool = False
+    ) -> dict[int, list[Claim]]:
+        keys = {_key(handle): handle for handle in windows}
+        self._load_timelines(keys)
+        found: dict[int, list[Claim]] = {}
+        wanted: dict[bytes, tuple[int, int]] = {}
+        for key, handle in keys.items():
+            document = self._timelines[key]
+            if document is None or not document["n"]:
+                continue
+            low, high = windows[handle]
+            whole = document.get("ended") or (low <= BEGINNING and high >= END)
+            ends = sorted({_claim(c) for c in (*document["first"], *document["last"])})
+            if key in self._whole:
+                found[handle] = self._whole[key]
+            elif document["n"] == len(ends):
+                found[handle] = ends
+                if whole:
+                    self._whole[key] = ends
+            elif whole:
+                wanted[key] = (BEGINNING, END)
+            elif document.get("many"):
+                wanted[key] = (low, high)
+            elif low > document["last"][0][0]:
+                found[handle] = [_claim(c) for c in document["last"]]
+            else:
+                wanted[key] = (low, high)
+        for key, claims in self._read_claims(wanted).items():
+            found[keys[key]] = claims
+            if wanted[key] == (BEGINNING, END):
+                self._whole[key] = claims
+        for handle, claims in found.items():
+            key = _key(handle)
+            self._owners.setdefault(key, set()).update(
+                _key(c.owner) for c in claims if isinstance(c.owner, int)
+            )
+            if first and key not in self._whole:
+                document = self._timelines[key]
+                assert document is not None
+                beginning = {_claim(c) for c in document["first"]}
+                found[handle] = sorted({*beginning, *claims})
+        return found
+
+    def _read_claims(self, windows: Mapping[bytes, tuple[int, int]]) -> dict[bytes, list[Claim]]:
+        """
+        Claims of windows and at least one beyond each of their ends.
+
+        How far beyond is guessed from how densely the timeline is claimed; where claims lie
+        unevenly, the guess may find none, and they are looked for one by one.
+        """
+        reach: dict[bytes, tuple[int, int]] = {}
+        for key, (low, high) in windows.items():
+            document = self._timelines[key]
+            assert document is not None
+            length = document["last"][0][0] - document["first"][0][0]
+            width = 1 + 8 * length // document["n"]
+            reach[key] = (max(low - width, BEGINNING), min(high + width, END))
+        ranges = [("claims", *_claim_range(key, *bounds)) for key, bounds in reach.items()]
+        found: dict[bytes, list[Claim]] = {key: [] for key in windows}
+        for document in self._graph._union(ranges, self._session):
+            found[document["_id"][:DIGEST]].append(_claim_of(document))
+        for key, claims in found.items():
+            document = self._timelines[key]
+            assert document is not None
+            low, high = windows[key]
+            claims.sort()
+            if low > document["first"][0][0] and not (claims and claims[0].time < low):
+                claims[:0] = self._nearest(key, BEGINNING, reach[key][0] - 1, -1)
+            if high < document["last"][0][0] and not (claims and claims[-1].time > high):
+                claims.extend(self._nearest(key, reach[key][1] + 1, END, 1))
+        return found
+
+    def _nearest(self, key: bytes, low: int, high: int, direction: int) -> list[Claim]:
+        """The first or last claims of a stretch; of equal times all."""
+        least, greatest = _claim_range(key, low, high)
+        nearest = self._graph._first("claims", least, greatest, direction, self._session)
+        if nearest is None:
+            return []
+        at = _claim_of(nearest).time
+        ranges = [("claims", *_claim_range(key, at, at))]
+        return sorted(map(_claim_of, self._graph._union(ranges, self._session)))
+
+    def add_claims(self, claims: Mapping[str, tuple[int, Collection[Claim]]]) -> None:
+        for value, (handle, new) in claims.items():
+            key = _key(handle)
+            self._values[key] = value
+            document = self._timeline(key)
+            barred = document.get("barred", ())
+            owners = self._owners.setdefault(key, set())
+            for claim in new:
+                self._claim_writes.append(InsertOne(_claim_document(key, claim)))
+                if not isinstance(claim.owner, int):
+                    continue
+                owner = _key(claim.owner)
+                if owner not in owners and owner not in barred:
+                    owners.add(owner)
+                    self._claimant_writes[owner + key] = True
+                    # Whoever decides about this person must know of this timeline.
+                    self._locked.add(owner)
+            self._extend(document, new)
+            if key in self._whole:
+                self._whole[key] = sorted({*self._whole[key], *new})
+
+    @staticmethod
+    def _extend(document: _Document, new: Collection[Claim]) -> None:
+        """Keep what a timeline's document says of its claims."""
+        document["n"] += len(new)
+        document["soft"] = document.get("soft", False) or any(c.soft for c in new)
+        document["ended"] = document.get("ended", False) or any(c.until < END for c in new)
+        first = {_claim(c) for c in document["first"]} | set(new)
+        last = {_claim(c) for c in document["last"]} | set(new)
+        if first:
+            start, end = min(c.time for c in first), max(c.time for c in last)
+            firsts = sorted(c for c in first if c.time == start)
+            lasts = sorted(c for c in last if c.time == end)
+            document["many"] = document.get("many", False) or max(len(firsts), len(lasts)) > _ENDS
+            document["first"] = [_listed(c) for c in firsts[:_ENDS]]
+            document["last"] = [_listed(c) for c in lasts[:_ENDS]]
+
+    def replace_claims(
+        self, timeline: int, gone: Collection[Claim], new: Collection[Claim]
+    ) -> None:
+        key = _key(timeline)
+        document = self._timeline(key)
+        taken = set(gone)
+        held = self.claims({timeline: (BEGINNING, END)}).get(timeline, ())
+        left = sorted([*(claim for claim in held if claim not in taken), *new])
+        kept = {_claim_key(key, claim) for claim in new}
+        self._claim_writes.extend(
+            DeleteOne({"_id": old}) for c in gone if (old := _claim_key(key, c)) not in kept
+        )
+        for claim in new:
+            made = _claim_document(key, claim)
+            self._claim_writes.append(ReplaceOne({"_id": made["_id"]}, made, upsert=True))
+        document.update(n=0, first=[], last=[])
+        self._extend(document, left)
+        self._whole[key] = left
+
+    def soft_claims(self, windows: Mapping[int, tuple[int, int]]) -> dict[int, list[Claim]]:
+        keys = {_key(handle): handle for handle in windows}
+        self._load_timelines(keys)
+        found: dict[int, list[Claim]] = {}
+        unread: dict[bytes, tuple[int, int]] = {}
+        for key, handle in keys.items():
+            document = self._timelines[key]
+            if document is None or not document.get("soft"):
+                continue
+            if key in self._whole:
+                found[handle] = self._whole[key]
+            else:
+                unread[key] = windows[handle]
+        pending: dict[bytes, list[Claim]] = {}
+        if unread:
+            for write in self._claim_writes:
+                if isinstance(write, InsertOne):
+                    made: _Document = write._doc
+                    pending.setdefault(made["_id"][:DIGEST], []).append(_claim_of(made))
+            ranges = [("claims", *_claim_range(key, *window)) for key, window in unread.items()]
+            for key in unread:
+                found[keys[key]] = list(pending.get(key, ()))
+            for document in self._graph._union(ranges, self._session):
+                found[keys[document["_id"][:DIGEST]]].append(_claim_of(document))
+        return {
+            handle: sorted(
+                {c for c in claims if c.soft and windows[handle][0] <= c.time <= windows[handle][1]}
+            )
+            for handle, claims in found.items()
+        }
+
+    def claimed_by(self, identifiers: Collection[int]) -> set[int]:
+        ranges = []
+        for identifier in identifiers:
+            key = _key(identifier)
+            ranges.append(("claimants", key + bytes(DIGEST), key + b"\xff" * DIGEST))
+        return {
+            int.from_bytes(document["_id"][DIGEST:])
+            for document in self._graph._union(ranges, self._session)
+        }
+
+    def barred(self, pairs: Collection[tuple[int, int]]) -> set[tuple[int, int]]:
+        self._load_timelines({_key(timeline) for timeline, _ in pairs})
+        found = set()
+        for timeline, identifier in pairs:
+            document = self._timelines[_key(timeline)]
+            if document is not None and _key(identifier) in document.get("barred", ()):
+                found.add((timeline, identifier))
+        return found
+
+    def bar(self, timeline: int, identifier: int) -> None:
+        document = self._timeline(_key(timeline))
+        owner = _key(identifier)
+        if owner not in document.get("barred", ()):
+            document["barred"] = [*document.get("barred", ()), owner]
+        self._claimant_writes[owner + _key(timeline)] = False
+
+    def release(self, anonymous_id: str, until: int) -> None:
+        document = self._timeline(self._workspace.digest(ANONYMOUS, anonymous_id))
+        document["r"] = max(until, document.get("r", -1))
+
+    # ---------------------------------------------------------------- identifiers
+
+    def _load_identifiers(self, keys: Iterable[bytes]) -> None:
+        missing = [key for key in keys if key not in self._identifiers]
+        if missing:
+            self._identifiers.update(dict.fromkeys(missing))
+            for document in self._db["identifiers"].find(
+                {"_id": {"$in": missing}}, session=self._session, batch_size=20_000
+            ):
+                self._identifiers[document["_id"]] = document
+
+    def _digests(self, identifiers: Iterable[Identifier]) -> dict[Identifier, bytes]:
+        digest = self._workspace.digest
+        return {identifier: digest(*identifier) for identifier in identifiers}
+
+    def identifiers(self, identifiers: Collection[Identifier]) -> dict[Identifier, Known]:
+        keys = self._digests(identifiers)
+        self._load_identifiers(keys.values())
+        return {
+            identifier: _known(document)
+            for identifier, key in keys.items()
+            if (document := self._identifiers[key]) is not None and "t" in document
+        }
+
+    def held(self, handles: Collection[int]) -> dict[int, tuple[Identifier, Known]]:
+        keys = {_key(handle): handle for handle in handles}
+        self._load_identifiers(keys)
+        return {
+            handle: (Identifier(document["t"], document["value"]), _known(document))
+            for key, handle in keys.items()
+            if (document := self._identifiers[key]) is not None and "t" in document
+        }
+
+    def seen_as(self, identifiers: Collection[int]) -> dict[int, str]:
+        keys = {_key(handle): handle for handle in identifiers}
+        self._load_identifiers(keys)
+        return {
+            handle: str(document.get("as", document["value"]))
+            for key, handle in keys.items()
+            if (document := self._identifiers[key]) is not None and "t" in document
+        }
+
+    def add_identifiers(self, seen: Mapping[Identifier, tuple[Seen, str]]) -> dict[Identifier, int]:
+        made = {}
+        keys = self._digests(seen)
+        self._load_identifiers(keys.values())
+        for identifier, (sighting, value) in seen.items():
+            key = keys[identifier]
+            before = self._identifiers[key] or {}
+            document = {
+                "_id": key,
+                "w": self._workspace.name,
+                "t": identifier.type,
+                "value": identifier.value,
+            }
+            if "gone" in before:
+                document["gone"] = before["gone"]
+            self._identifiers[key] = document
+            made[identifier] = int.from_bytes(key)
+            self._set_seen(key, sighting, value)
+        return made
+
+    def _identifier(self, key: bytes) -> _Document:
+        """The document of a known identifier, to be changed."""
+        self._load_identifiers([key])
+        document = self._identifiers[key]
+        assert document is not None
+        self._changed_identifiers.add(key)
+        return document
+
+    def _set_seen(self, key: bytes, sighting: Seen, value: str) -> None:
+        document = self._identifier(key)
+        document["seen"] = [
+            sighting.only_previous, sighting.time, pack_id(sighting.message_id),
+        ]  # fmt: skip
+        if value == document["value"]:
+            document.pop("as", None)
+        else:
+            document["as"] = value
+
+    def see(self, seen: Mapping[int, tuple[Seen, str]]) -> None:
+        for handle, (sighting, value) in seen.items():
+            self._set_seen(_key(handle), sighting, value)
+
+    def set_persons(self, persons: Mapping[int, tuple[int, int]]) -> None:
+        self._load_identifiers(map(_key, persons))
+        for handle, (component, canonical) in persons.items():
+            document = self._identifier(_key(handle))
+            document["c"] = _key(component)
+            document["k"] = _key(canonical)
+
+    def links(self, components: Collection[int]) -> dict[int, list[StoredLink]]:
+        unread = [component for component in components if component not in self._links]
+        if unread:
+            self._links.update({component: {} for component in unread})
+            for document in self._db["links"].find(
+                {"c": {"$in": list(map(_key, unread))}}, session=self._session, batch_size=20_000
+            ):
+                if "m" in document:
+                    component, link = _link_of(document)
+                    self._links[component][link.a, link.b, link.alias] = link
+        return {component: list(self._links[component].values()) for component in components}
+
+    def put_links(
+        self, component: int, absorbed: Collection[int], links: Iterable[StoredLink]
+    ) -> None:
+        self.links({component, *absorbed})
+        held = self._links[component]
+        moved: list[StoredLink] = []
+        for other in absorbed:
+            for link in self._links[other].values():
+                key = _link_key(other, *link[:3])
+                self._link_writes[key] = DeleteOne({"_id": key})
+                moved.append(link)
+            self._links[other] = {}
+        self._components.update((component, *absorbed))
+        for link in (*moved, *links):
+            held[link.a, link.b, link.alias] = link
+            key = _link_key(component, *link[:3])
+            self._link_writes[key] = ReplaceOne(
+                {"_id": key, "c": _key(component)}, _link_document(component, link), upsert=True
+            )
+
+    def traits(self, identifiers: Collection[int]) -> dict[int, dict[str, Trait]]:
+        keys = {_key(handle): handle for handle in identifiers}
+        self._load_identifiers(keys)
+        return {
+            handle: {name: _trait(rest) for name, *rest in document["traits"]}
+            for key, handle in keys.items()
+            if (document := self._identifiers[key]) is not None and document.get("traits")
+        }
+
+    def put_traits(self, traits: Mapping[int, Mapping[str, Trait]]) -> None:
+        for handle, found in traits.items():
+            self._identifier(_key(handle))["traits"] = [
+                [name, t.time, pack_id(t.message_id), _packed_trait(t.value)]
+                for name, t in sorted(found.items())
+            ]
+
+    def forgotten(self, identifiers: Collection[Identifier]) -> dict[Identifier, int]:
+        keys = self._digests(identifiers)
+        self._load_identifiers(keys.values())
+        return {
+            identifier: document["gone"]
+            for identifier, key in keys.items()
+            if (document := self._identifiers[key]) is not None and "gone" in document
+        }
+
+    def forget(self, identifiers: Mapping[Identifier, int], until: int) -> None:
+        handles = {handle for handle in identifiers.values() if handle}
+        components = {known.component for _, known in self.held(handles).values()} - {0}
+        for component, links in self.links(components).items():
+            for link in links:
+                if link.a in handles or link.b in handles:
+                    key = _link_key(component, *link[:3])
+                    self._link_writes[key] = DeleteOne({"_id": key})
+                    del self._links[component][link.a, link.b, link.alias]
+            self._components.add(component)
+        for handle in handles:
+            key = _key(handle)
+            for timeline in self.claimed_by([handle]):
+                self._claimant_writes[key + _key(timeline)] = False
+            self._gone_subjects.add(key)
+        keys = self._digests(identifiers)
+        self._load_identifiers(keys.values())
+        for key in keys.values():
+            before = self._identifiers[key] or {}
+            self._identifiers[key] = {
+                "_id": key,
+                "w": self._workspace.name,
+                "gone": max(until, before.get("gone", until)),
+            }
+            self._changed_identifiers.add(key)
+
+    # ---------------------------------------------------------------- rows
+
+    def rows(self, windows: Mapping[int, tuple[int, int]]) -> dict[int, Rows]:
+        graph, workspace = self._graph, self._workspace
+        devices = {h: window for h, window in windows.items() if h > 0}
+        others = {h: window for h, window in windows.items() if h < 0}
+        found = graph._read_rows(others, workspace, self._session) if others else {}
+        if devices:
+            # Outside of the transaction: the later they are read, the less is left for rule 6.
+            session = self._session if self._reads_only else None
+            read = graph._read_rows(devices, workspace, session)
+            for handle, (start, end) in devices.items():
+                low, high = self.windows.get(handle, (start, end))
+                self.windows[handle] = (min(low, start), max(high, end))
+            for handle, rows in read.items():
+                self.rows_seen[handle] = _joined(self.rows_seen.get(handle, _NO_ROWS), rows)
+                own = self._announced.get(_key(handle))
+                # The rows of this batch are not there yet: they come as they are stamped.
+                found[handle] = _without(rows, own) if own else rows
+            if not self.tables_seen:
+                self.tables_seen = self.tables()
+        return found
+
+    def add_references(self, references: Iterable[Reference]) -> None:
+        # Those of devices were written before this transaction began: rule 1.
+        self._references.extend(
+            (_key(-subject), tables, message_id, at)
+            for subject, tables, message_id, at in references
+            if subject < 0
+        )
+
+    def add_days(self, days: Iterable[Day]) -> None:
+        pass  # written before this transaction began: rule 1
+
+    def find(self, message_id: str) -> list[Sighting]:
+        found: list[Sighting] = []
+        graph, workspace = self._graph, self._workspace
+        kept = set(graph._days())
+        for name in _ROWS:
+            for document in self._db[name].find({}, session=self._session, batch_size=20_000):
+                key = document["_id"]
+                day = int.from_bytes(key[DIGEST : DIGEST + 3])
+                slot = int.from_bytes(key[DIGEST + 3 : DIGEST + 6])
+                if slot % 4 == _DAY_KIND or day not in kept:
+                    continue
+                for _, packed in _references_in(document, slot % 4):
+                    for other, at in unpack(slot % 4, packed, day * DAY):
+                        if other != message_id:
+                            continue
+                        place = graph._place_name(workspace, slot // 4)
+                        if place is not None:
+                            sign = -1 if key[DIGEST - 1] & 1 else 1
+                            subject = sign * int.from_bytes(key[:DIGEST])
+                            found.append(Sighting(subject, at, place))
+        packed_id = pack_id(message_id)
+        tail = packed_id if isinstance(packed_id, bytes) else _hashed(message_id)
+        for document in self._db["claims"].find({}, {"m": 1}, session=self._session):
+            if document["_id"].endswith(tail):
+                key = document["_id"][:DIGEST]
+                self._load_timelines([key])
+                timeline = self._timelines[key]
+                if timeline is not None and timeline["w"] == workspace.name:
+                    at = int.from_bytes(document["_id"][DIGEST : DIGEST + 8])
+                    found.append(Sighting(int.from_bytes(key), at, ()))
+        return found
+
+    def tables(self) -> set[str]:
+        return self._graph._tables(self._workspace.name)
+
+    def note_tables(self, tables: Iterable[str]) -> None:
+        if self._session is not None and not self._reads_only:
+            self._graph._note_tables(self._workspace, set(tables))
+
+    # ---------------------------------------------------------------- order
+
+    def lock(self, timelines: Collection[int], identifiers: Collection[int]) -> None:
+        self._locked.update(map(_key, timelines))
+        self._locked.update(map(_key, identifiers))
+
+    def last_sequence(self) -> int:
+        found = self._db["meta"].find_one({"_id": "sequence"}) or {}
+        return int(found.get("n", 0))
+
+    def next_sequence(self) -> int:
+        number, left = self._numbers
+        if not left:
+            number, left = self._graph._take_numbers(_NUMBERS), _NUMBERS
+        self._numbers = (number + 1, left - 1)
+        return number
+
+    def _final_version(self) -> int:
+        if not self._version:
+            self._version = self.next_sequence()
+        return self._version
+
+    def versions(self, subjects: Collection[int]) -> dict[int, int]:
+        found = {}
+        changed = self._locked | self._changed_timelines | self._changed_identifiers
+        for subject in subjects:
+            key = _key(abs(subject))
+            if key in changed:
+                found[subject] = self._final_version()
+                continue
+            held = self._timelines if subject > 0 else self._identifiers
+            found[subject] = (held.get(key) or {}).get("v", 0)
+        return found
+
+    def emit(self, updates: Iterable[UpdateByCriteria]) -> None:
+        self._updates.extend(updates)
+
+    def decision(self) -> int:
+        # A count would be one document that all workers write. Nobody's is equal to another's.
+        return secrets.randbits(62)
+
+    def decided(self) -> None:
+        pass
+
+
+_NO_ROWS = Rows({}, {})
+
+
+# -------------------------------------------------------------------- keys and documents
+
+
+def _key(handle: int) -> bytes:
+    return handle.to_bytes(DIGEST)
+
+
+def _meta(workspace: str) -> str:
+    return f"workspace {workspace}"
+
+
+def _hashed(message_id: str) -> bytes:
+    return hashlib.blake2b(message_id.encode(), digest_size=16).digest()
+
+
+def _rows_of(prefix: bytes) -> str:
+    """The collection of a row, by the beginning of its key."""
+    return _ROWS[int.from_bytes(prefix[DIGEST : DIGEST + 3]) // PERIOD % SLOTS]
+
+
+def _short(packed: bytes, kind: int) -> bytes:
+    """20 bytes that stand for a reference that has another length."""
+    moment = (int.from_bytes(packed[:5]) // 1000).to_bytes(4)
+    if kind == UUID_US:
+        return moment + packed[5:]
+    return moment + hashlib.blake2b(packed, digest_size=16).digest()
+
+
+def _chunk(
+    prefix: bytes, rests: Sequence[bytes], chunk: Mapping[bytes, tuple[str, bytes]]
+) -> _Document:
+    """References of one subject, day and place: the first is in the key, if it fits there."""
+    document: _Document = {"_id": prefix + rests[0]}
+    inside = rests[1:] if prefix[-1] & 3 == UUID_MS else rests
+    if inside:
+        document["r"] = b"".join(chunk[rest][1] for rest in inside)
+    return document
+
+
+def _references_in(document: _Document, kind: int) -> Iterator[tuple[bytes, bytes]]:
+    """The references of a chunk: as they end a key, and as they are packed."""
+    packed: bytes = document.get("r", b"")
+    if kind == UUID_MS:
+        first = document["_id"][-_REST:]
+        yield first, first
+        for start in range(0, len(packed), _REST):
+            yield packed[start : start + _REST], packed[start : start + _REST]
+        return
+    position = 0
+    while position < len(packed):
+        size = 21
+        if kind == TEXT:
+            size = 7 + int.from_bytes(packed[position + 5 : position + 7])
+        one = packed[position : position + size]
+        yield _short(one, kind), one
+        position += size
+
+
+def _joined(a: Rows, b: Rows) -> Rows:
+    return Rows(
+        {t: {**a.references.get(t, {}), **b.references.get(t, {})} for t in {**a[0], **b[0]}},
+        {t: {*a.days.get(t, ()), *b.days.get(t, ())} for t in {**a[1], **b[1]}},
+    )
+
+
+def _without(rows: Rows, messages: Collection[str]) -> Rows:
+    return rows._replace(
+        references={
+            tables: left
+            for tables, refs in rows.references.items()
+            if (left := {m: at for m, at in refs.items() if m not in messages})
+        }
+    )
+
+
+def _beside(refs: Mapping[str, int], known: Mapping[str, int]) -> dict[str, int]:
+    return {message_id: at for message_id, at in refs.items() if message_id not in known}
+
+
+def _claim_key(timeline: bytes, claim: Claim) -> bytes:
+    packed = pack_id(claim.message_id)
+    tail = packed if isinstance(packed, bytes) else _hashed(packed)
+    return timeline + claim.time.to_bytes(8) + tail
+
+
+def _claim_range(timeline: bytes, low: int, high: int) -> tuple[bytes, bytes]:
+    start, end = max(low, BEGINNING), max(min(high, END), BEGINNING)
+    return timeline + start.to_bytes(8) + bytes(16), timeline + end.to_bytes(8) + b"\xff" * 16
+
+
+def _claim_document(timeline: bytes, claim: Claim) -> _Document:
+    document: _Document = {"_id": _claim_key(timeline, claim)}
+    packed = pack_id(claim.message_id)
+    if isinstance(packed, str):
+        document["m"] = packed
+    if isinstance(claim.owner, int):
+        document["o"] = _key(claim.owner)
+    if claim.until < END:
+        document["until"] = claim.until
+    if claim.soft:
+        document["soft"] = True
+    return document
+
+
+def _claim_of(document: _Document) -> Claim:
+    key: bytes = document["_id"]
+    owner = document.get("o")
+    return Claim(
+        int.from_bytes(key[DIGEST : DIGEST + 8]),
+        document["m"] if "m" in document else unpack_id(key[DIGEST + 8 :]),
+        None if owner is None else int.from_bytes(owner),
+        document.get("until", END),
+        document.get("soft", False),
+    )
+
+
+def _listed(claim: Claim) -> list[Any]:
+    """A claim as the document of its timeline repeats it."""
+    owner = _key(claim.owner) if isinstance(claim.owner, int) else None
+    until = claim.until if claim.until < END else None
+    return [claim.time, pack_id(claim.message_id), owner, until, claim.soft]
+
+
+def _claim(listed: Sequence[Any]) -> Claim:
+    at, message, owner, until, soft = listed
+    return Claim(
+        at,
+        unpack_id(message),
+        None if owner is None else int.from_bytes(owner),
+        END if until is None else until,
+        soft,
+    )
+
+
+def _known(document: _Document) -> Known:
+    handle = int.from_bytes(document["_id"])
+    only_previous, at, message = document["seen"]
+    component = int.from_bytes(document["c"]) if "c" in document else 0
+    canonical = int.from_bytes(document["k"]) if "k" in document else handle
+    return Known(handle, Seen(only_previous, at, unpack_id(message)), component, canonical)
+
+
+def _link_key(component: int, a: int, b: int, alias: bool) -> bytes:
+    return _key(component) + _key(a) + _key(b) + (b"\x01" if alias else b"\x00")
+
+
+def _link_document(component: int, link: StoredLink) -> _Document:
+    return {
+        "_id": _link_key(component, *link[:3]),
+        "c": _key(component),
+        "at": link.time,
+        "m": pack_id(link.message_id),
+        "unlinked": link.unlinked,
+        "r": link.refused,
+    }
+
+
+def _link_of(document: _Document) -> tuple[int, StoredLink]:
+    key: bytes = document["_id"]
+    component, a, b = (
+        int.from_bytes(key[start : start + DIGEST]) for start in range(0, 3 * DIGEST, DIGEST)
+    )
+    return component, StoredLink(
+        a,
+        b,
+        bool(key[-1]),
+        document["at"],
+        unpack_id(document["m"]),
+        document["unlinked"],
+        document["r"],
+    )
+
+
+def _packed_trait(value: str | int | float | bool) -> Any:
+    # BSON has 64 bits for an integer.
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return {"integer": str(value)}
+    return value
+
+
+def _trait(stored: Sequence[Any]) -> Trait:
+    at, message, value = stored
+    if isinstance(value, dict):
+        value = int(value["integer"])
+    elif isinstance(value, Int64):
+        value = int(value)
+    return Trait(at, unpack_id(message), value)
+
+
+# -------------------------------------------------------------------- the server
+
+
+def _connect(url: str, timeout: float) -> MongoClient[_Document]:
+    given = {option.lower() for option in _options(url)}
+    wanted: dict[str, Any] = {
+        "appname": "recognition",
+        # One try of choosing a server; a call tries again until its own time is over.
+        "serverSelectionTimeoutMS": round(min(timeout, 10) * 1000),
+        "connectTimeoutMS": 5_000,
+        "socketTimeoutMS": 60_000,
+        "wTimeoutMS": round(timeout * 1000),
+    }
+    extra = {k: v for k, v in wanted.items() if k.lower() not in given}
+    try:
+        # Whatever the URL says, nothing less than this keeps the protocol.
+        return MongoClient(url, retryWrites=True, retryReads=True, tz_aware=True, **extra)
+    except (InvalidURI, InvalidName, DriverConfigurationError, ValueError) as exc:
+        raise ConfigurationError(
+            "this is no URL of a MongoDB database:"
+            " mongodb://user:password@host:port/database?replicaSet=name"
+            f" ({type(exc).__name__}). Nothing was written."
+        ) from None
+
+
+def _options(url: str) -> Iterable[str]:
+    query = url.partition("?")[2]
+    return [part.partition("=")[0] for part in query.split("&") if part]
+
+
+def _database(client: MongoClient[_Document], name: str) -> Database[_Document]:
+    return client.get_database(
+        name,
+        read_preference=ReadPreference.PRIMARY,
+        write_concern=_MAJORITY,
+        read_concern=ReadConcern("majority"),
+    )
+
+
+def _check_server(client: MongoClient[_Document]) -> None:
+    hello = client.admin.command("hello")
+    version = hello.get("maxWireVersion", 0)
+    if version < 17:  # 6.0
+        found = client.server_info()["version"]
+        raise ConfigurationError(
+            f"the server is MongoDB {found}; 6.0 or newer is needed. Nothing was written."
+        )
+    if "setName" not in hello and hello.get("msg") != "isdbgrid":
+        raise ConfigurationError(
+            "the server is no member of a replica set, and without one MongoDB has no transactions"
+            " and no majority. Start it with --replSet rs0 and run once, in mongosh:"
+            " rs.initiate(); one member is enough. Nothing was written."
+        )
+
+
+def _prepare(database: Database[_Document]) -> bytes:
+    """Make what is missing, check what is there; gives the salt."""
+    schema = database["meta"].find_one({"_id": "schema"})
+    if schema is None:
+        _initialise(database)
+        schema = database["meta"].find_one({"_id": "schema"}) or {}
+    _check_schema(schema)
+    return bytes(schema["salt"])
+
+
+def _check_schema(schema: Mapping[str, Any]) -> None:
+    version = schema.get("version")
+    if schema.get("application") != "recognition":
+        raise GraphSchemaError(
+            "the database has a collection `meta` of somebody else; name another database."
+            " Nothing was written."
+        )
+    if version != SCHEMA_VERSION:
+        raise GraphSchemaError(
+            f"the graph has schema version {version}, this release needs {SCHEMA_VERSION}."
+            " Nothing was written."
+        )
+
+
+def _initialise(database: Database[_Document]) -> None:
+    """Make all collections; whoever is there first gives the salt. Again it changes nothing."""
+    there = {found["name"]: found for found in database.list_collections()}
+    if "meta" in there and database["meta"].find_one() is not None:
+        schema = database["meta"].find_one({"_id": "schema"})
+        begun = database["meta"].find_one({"_id": "begun"})
+        if schema is None and begun is None:
+            foreign = sorted(set(there) & set(COLLECTIONS))
+            raise GraphSchemaError(
+                "the database holds no recognition graph, but collections with the names of one"
+                f" ({', '.join(foreign)}); name another database. Nothing was written."
+            )
+    elif set(there) & set(COLLECTIONS):
+        filled = [
+            name
+            for name in sorted(set(there) & set(COLLECTIONS))
+            if database[name].find_one({}, {"_id": 1}) is not None
+        ]
+        if filled:
+            raise GraphSchemaError(
+                "the database holds no recognition graph, but collections with the names of one"
+                f" ({', '.join(filled)}); name another database. Nothing was written."
+            )
+    for name in COLLECTIONS:
+        if name not in there:
+            _create(database, name, clustered=name in _CLUSTERED)
+    database["links"].create_index([("c", 1)], name="component")
+    made = {
+        "application": "recognition",
+        "version": SCHEMA_VERSION,
+        "salt": secrets.token_bytes(32),
+        "period": PERIOD,
+        "slots": SLOTS,
+    }
+    with suppress(DuplicateKeyError):  # another process was first
+        database["meta"].update_one({"_id": "schema"}, {"$setOnInsert": made}, upsert=True)
+
+
+def _create(database: Database[_Document], name: str, *, clustered: bool) -> None:
+    options: dict[str, Any] = {}
+    if clustered:
+        options["clusteredIndex"] = {"key": {"_id": 1}, "unique": True}
+    if name.startswith(("rows_", "claims")):
+        # A quarter less than snappy on random ids; see docs/benchmarks.md.
+        options["storageEngine"] = {"wiredTiger": {"configString": "block_compressor=zstd"}}
+    try:
+        database.create_collection(name, check_exists=False, **options)
+    except OperationFailure as exc:
+        if exc.code != 48:  # NamespaceExists: another process was first
+            raise
+
+
+_DENIED = (13, 18, 8000)  # Unauthorized, AuthenticationFailed, Atlas' own
+
+
+@contextmanager
+def _translated(*, again: bool = False) -> Iterator[None]:
+    """Give the driver's errors their place in our tree."""
+    try:
+        yield
+    except (_AgainError, GraphError, ConfigurationError):
+        raise
+    except PyMongoError as exc:
+        code = getattr(exc, "code", None)
+        if isinstance(exc, OperationFailure) and code in _DENIED:
+            raise GraphReadOnlyError(
+                "the user may not do what the graph needs: it reads and writes its database, and"
+                " makes its collections the first time (role readWrite). Nothing was written."
+            ) from exc
+        if code in (20, 263) and "replica set" in str(exc):
+            raise ConfigurationError(
+                "transactions need a replica set: start mongod with --replSet, then rs.initiate()."
+                " Nothing was written."
+            ) from exc
+        if code in (239, 246):
+            raise GraphError(
+                "a reader was open for longer than the server keeps its moment (5 minutes);"
+                " read a smaller part. Nothing was written."
+            ) from exc
+        if (
+            isinstance(exc, ConnectionFailure)
+            or exc.has_error_label("RetryableWriteError")
+            or (exc.has_error_label("TransientTransactionError"))
+            or getattr(exc, "timeout", False)
+        ):
+            if again:
+                raise _AgainError(_describe(exc)) from exc
+            raise GraphUnavailableError(
+                f"no primary of the graph could be reached ({_describe(exc)})."
+                " Nothing was written; the same call again is safe."
+            ) from exc
+        raise GraphError(
+            f"MongoDB failed ({_describe(exc)}). Nothing of the decision was written."
+        ) from exc
+
+
+def _describe(exc: PyMongoError) -> str:
+    """What failed, without values or addresses."""
+    name = None
+    if isinstance(exc, OperationFailure) and isinstance(exc.details, Mapping):
+        name = exc.details.get("codeName")
+        errors = exc.details.get("writeErrors")
+        if name is None and errors:
+            name = f"code {errors[0].get('code')}"
+    return f"{type(exc).__name__}{f' {name}' if name else ''}"
