@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -40,12 +41,17 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(scope="session")
-def mongodb() -> Iterator[GivenServer]:
+def mongodb() -> GivenServer:
     """A MongoDB server; started when the first test asks, one for each worker of xdist."""
-    from mongod import open_server
+    from graphs import mongodb_server
 
-    with open_server() as server:
-        yield server
+    return mongodb_server()
+
+
+def pytest_unconfigure() -> None:
+    """End the servers that the tests started, while threads still run."""
+    if "graphs" in sys.modules:
+        sys.modules["graphs"].close()
 
 
 @pytest.fixture

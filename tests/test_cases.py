@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from graphs import open_mongodb
 from recognition.attribution import AttributionRules, Policy
 from recognition.events import Event, parse_event, parse_time, render_time
 from recognition.graph import Graph
@@ -108,12 +109,14 @@ class Run:
             yield arrival, self.rows([order], at_once=True)
 
 
-@pytest.fixture(params=["memory", "sqlite", "rehearsal"])
+@pytest.fixture(params=["memory", "sqlite", "rehearsal", "mongodb"])
 def graph(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Graph]:
     """Every graph there is."""
     opened: list[Graph] = []
     if request.param == "memory":
         opened.append(MemoryGraph())
+    elif request.param == "mongodb":
+        opened.append(open_mongodb())
     else:
         opened.append(SqliteGraph(tmp_path / "graph.db"))
     if request.param == "rehearsal":

@@ -4,7 +4,8 @@ The final rows equal the oracle's, whatever the order, the batches, the repetiti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -13,20 +14,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from graphs import EMBEDDED, open_mongodb
 from oracle import Oracle, batches, make_event
-from recognition.attribution import AttributionRules, Policy
+from recognition.attribution import DAY, AttributionRules, Policy
 from recognition.events import Event, Identifier
 from recognition.graph import Graph
-from recognition.graph.memory import MemoryGraph
-from recognition.graph.sqlite import SqliteGraph
 from recognition.recognizer import Recognizer
 from recognition.rules import References, Rules, Supersede, TableRules
 from warehouse import Warehouse
-
-GRAPHS: dict[str, Callable[[], Graph]] = {
-    "memory": MemoryGraph,
-    "sqlite": lambda: SqliteGraph(":memory:"),
-}
 
 #: The ways to tell recognised rows; the policies that each of them can keep.
 ALL = tuple(Policy)
@@ -40,7 +35,15 @@ MODES: dict[str, tuple[dict[str, Any], tuple[Policy, ...]]] = {
         },
         ALL,
     ),
+    "own column with days": (
+        {"target_column": "stitched_user_id", "default": TableRules(references=References.DAYS)},
+        ALL,
+    ),
     "version": ({"default": TableRules(supersede=Supersede.VERSION)}, ALL),
+    "version with days": (
+        {"default": TableRules(supersede=Supersede.VERSION, references=References.DAYS)},
+        ALL,
+    ),
     "version without references": (
         {"default": TableRules(supersede=Supersede.VERSION, references=References.NONE)},
         ALL,
@@ -101,9 +104,14 @@ def rules_of(mode: str, policy: Policy, *, stamps: bool) -> Rules:
     )
 
 
-def untie(batch: Sequence[Event]) -> list[Event]:
+#: What one step of `TIMES` is where no two events may be at the same instant: there are at most 99.
+#: Where days are kept, a journey takes some days, and some of its events are just after midnight.
+STEPS = {References.NONE: 100, References.DAYS: DAY // 4}
+
+
+def untie(batch: Sequence[Event], step: int) -> list[Event]:
     """The same events, no two at the same instant: time 3 of message m07 becomes 3.07."""
-    return [replace(e, time=e.time * 100 + int(e.message_id[1:])) for e in batch]
+    return [replace(e, time=e.time * step + int(e.message_id[1:])) for e in batch]
 
 
 def target_of(rules: Rules) -> str:
@@ -147,7 +155,10 @@ FAST = settings(
 )
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
+SLOW = settings(FAST, max_examples=int(os.environ.get("RECOGNITION_TEST_EXAMPLES", "20")))
+
+
+@pytest.mark.parametrize("graph", EMBEDDED)
 @pytest.mark.parametrize("mode", MODES)
 @given(delivery=deliveries(), policy=st.sampled_from(Policy), stamps=st.booleans())
 @FAST
@@ -159,13 +170,33 @@ def test_final_rows_are_those_of_the_oracle(
     stamps: bool,
 ) -> None:
     """Order, batches, repetitions and two recognizers do not change the final rows."""
+    check_delivery(EMBEDDED[graph](), mode, delivery, policy, stamps)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@given(delivery=deliveries(), policy=st.sampled_from(Policy), stamps=st.booleans())
+@SLOW
+def test_final_rows_in_mongodb(
+    mode: str, delivery: tuple[list[Event], list[Sequence[Event]]], policy: Policy, stamps: bool
+) -> None:
+    """The same, where every batch crosses a network."""
+    check_delivery(open_mongodb(), mode, delivery, policy, stamps)
+
+
+def check_delivery(
+    graph: Graph,
+    mode: str,
+    delivery: tuple[list[Event], list[Sequence[Event]]],
+    policy: Policy,
+    stamps: bool,
+) -> None:
     events, arriving = delivery
     rules = rules_of(mode, policy, stamps=stamps)
-    if rules.default.references is References.NONE:
+    if step := STEPS.get(rules.default.references):
         # Without references, rows of one device at the very same instant cannot be told apart.
-        rules = replace(rules, attribution=replace(rules.attribution, lookback=LOOKBACK * 100))
-        events, arriving = untie(events), [untie(batch) for batch in arriving]
-    pipeline = Pipeline(GRAPHS[graph](), rules)
+        rules = replace(rules, attribution=replace(rules.attribution, lookback=LOOKBACK * step))
+        events, arriving = untie(events, step), [untie(batch, step) for batch in arriving]
+    pipeline = Pipeline(graph, rules)
     with closing(pipeline):
         for batch in arriving:
             pipeline.take(batch)
@@ -211,26 +242,48 @@ def undone(draw: st.DrawFn) -> list[tuple[str, Any]]:
     return actions
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize("mode", ["references", "version", "own column"])
+UNDO_MODES = ["references", "version", "own column", "own column with days", "version with days"]
+
+
+@pytest.mark.parametrize("graph", EMBEDDED)
+@pytest.mark.parametrize("mode", UNDO_MODES)
 @given(actions=undone(), policy=st.sampled_from(Policy), stamps=st.booleans())
 @FAST
 def test_what_was_undone_stays_undone(
     graph: str, mode: str, actions: list[tuple[str, Any]], policy: Policy, stamps: bool
 ) -> None:
     """Unlink, release and forget hold for what came before them and for what comes late."""
+    check_undone(EMBEDDED[graph](), mode, actions, policy, stamps)
+
+
+@pytest.mark.parametrize("mode", UNDO_MODES)
+@given(actions=undone(), policy=st.sampled_from(Policy), stamps=st.booleans())
+@SLOW
+def test_what_was_undone_in_mongodb(
+    mode: str, actions: list[tuple[str, Any]], policy: Policy, stamps: bool
+) -> None:
+    """The same, where every call crosses a network."""
+    check_undone(open_mongodb(), mode, actions, policy, stamps)
+
+
+def check_undone(
+    graph: Graph, mode: str, actions: list[tuple[str, Any]], policy: Policy, stamps: bool
+) -> None:
     rules = rules_of(mode, policy, stamps=stamps)
-    pipeline = Pipeline(GRAPHS[graph](), rules)
+    step = STEPS.get(rules.default.references, 1)
+    rules = replace(rules, attribution=replace(rules.attribution, lookback=LOOKBACK * step))
+    pipeline = Pipeline(graph, rules)
     recognizer = pipeline.recognizers[0]
     oracle = Oracle(
-        policy=rules.attribution.policy, lookback=LOOKBACK, own_column=rules.has_own_column
+        policy=rules.attribution.policy, lookback=LOOKBACK * step, own_column=rules.has_own_column
     )
     with closing(pipeline):
         for action, subject in actions:
             match action:
                 case "take":
-                    pipeline.take(subject)
-                    oracle.events.extend(subject)
+                    batch = subject if step == 1 else untie(subject, step)
+                    pipeline.take(batch)
+                    oracle.events.extend(batch)
                 case "unlink":
                     recognizer.unlink(*subject)
                     oracle.unlinked.add(frozenset(subject))
@@ -239,12 +292,12 @@ def test_what_was_undone_stays_undone(
                     recognizer.unlink(Identifier("anonymous_id", device), identifier)
                     oracle.unlinked.add(frozenset((("anonymous_id", device), identifier)))
                 case "release":
-                    device, at = subject
+                    device, at = subject[0], subject[1] * step
                     recognizer.release(device, at)
                     until = max([at, *(claim[0] for claim in oracle.claims(device))])
                     oracle.released[device] = max(until, oracle.released.get(device, -1))
                 case "forget":
-                    identifier, at = subject
+                    identifier, at = subject[0], subject[1] * step + step - 1
                     recognizer.forget(identifier, at)
                     oracle.forget(identifier, at)
             pipeline.deliver()

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
+from graphs import GRAPHS
 from oracle import make_event
 from recognition.attribution import BEGINNING, DAY, END, AttributionRules, Policy
 from recognition.events import Identifier
 from recognition.graph import Graph
-from recognition.graph.memory import MemoryGraph
-from recognition.graph.sqlite import SqliteGraph
 from recognition.recognizer import Recognizer
 from recognition.rules import Rules
 
-GRAPHS: dict[str, Callable[[], Graph]] = {
-    "memory": MemoryGraph,
-    "sqlite": lambda: SqliteGraph(":memory:"),
-}
 U1, U2 = Identifier("user_id", "u1"), Identifier("user_id", "u2")
 MAIL, PHONE = Identifier("email", "a@x.com"), Identifier("phone", "1")
 DEVICE = Identifier("anonymous_id", "d1")
@@ -27,7 +22,7 @@ T = 100 * DAY
 
 @pytest.fixture(params=GRAPHS)
 def graph(request: pytest.FixtureRequest) -> Iterator[Graph]:
-    """Each embedded graph, empty."""
+    """Each graph, empty."""
     opened = GRAPHS[request.param]()
     yield opened
     opened.close()

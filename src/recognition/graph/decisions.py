@@ -159,14 +159,22 @@ class _Rewrite(NamedTuple):
 _NO_ROWS = Rows({}, {})
 
 
-def observe(store: Store, rules: Rules, observations: Sequence[Observation]) -> Outcome:
+def observe(
+    store: Store, rules: Rules, observations: Sequence[Observation], *, rows_first: bool = False
+) -> Outcome:
     """
     Take a batch in: remember it, decide, and emit the updates of what changed.
 
     The same batch again changes nothing and emits nothing, but gives the same owners.
+
+    Args:
+        store: One transaction.
+        rules: How the workspace is decided.
+        observations: The batch.
+        rows_first: What `device_rows` names was written before the transaction began.
     """
     batch = _Decision(store, rules)
-    return batch.observe(observations)
+    return batch.observe(observations, rows_first=rows_first)
 
 
 def recheck(store: Store, rules: Rules, receipt: Receipt) -> int:
@@ -191,7 +199,7 @@ def catch_up(
     Args:
         store: One transaction, begun after that decision was durable.
         rules: How the workspace is decided.
-        missed: By timeline, the rows that it did not see, and the window that it changed.
+        missed: By subject, the rows that it did not see, and the window that it changed.
         tables: Tables that were first seen in between.
 
     Returns:
@@ -283,7 +291,7 @@ class _Decision:
 
     # ---------------------------------------------------------------- a batch of events
 
-    def observe(self, observations: Sequence[Observation]) -> Outcome:
+    def observe(self, observations: Sequence[Observation], *, rows_first: bool) -> Outcome:
         store, rules = self._store, self._rules
         identifiers = {i for o in observations for i in o.known}
         identifiers.update(
@@ -362,7 +370,7 @@ class _Decision:
         if not rules.stamps:
             self._write_rows(living, [None] * len(living), owners, devices, handles)
         self._outlast(living, owners, devices, new_claims)
-        self._keep_references(living, devices, handles)
+        self._keep_references(living, {} if rows_first else devices, handles)
         self._finish()
         if rules.stamps:
             receipt = Receipt(store.decision(), tuple(living), tuple(owners))
@@ -588,11 +596,12 @@ class _Decision:
         """
         if not ranges:
             return {}
-        wanted = {
-            value for kept in device_rows(self._rules, observations) for value, _ in kept
-        } | set(claims)
         known = self._store.timelines(ranges)
-        missing = [value for value in wanted if value not in known]
+        missing: list[str] = []
+        if len(known) < len(ranges):
+            kept = device_rows(self._rules, observations)
+            wanted = {*claims, *(value for rows in kept for value, _ in rows)}
+            missing = [value for value in wanted if value not in known]
         devices = {
             value: _Device(held.handle, held.released_until) for value, held in known.items()
         }
@@ -640,10 +649,10 @@ class _Decision:
                     continue
                 present.add((time, message_id))
                 claim = Claim(time, message_id, owner, until, soft)
-                if (device.handle, owner) in barred:
-                    claim = claim._replace(until=_NEVER)
-                elif owner is not None and time <= device.released_until:
+                if owner is not None and time <= device.released_until:
                     claim = claim._replace(owner=None, until=device.released_until)
+                elif (device.handle, owner) in barred:
+                    claim = claim._replace(until=_NEVER)
                 new.setdefault(value, []).append(claim)
         self._counts.claims += sum(map(len, new.values()))
         return new
@@ -930,7 +939,7 @@ class _Decision:
         store.note_tables(
             {table for tables in {o.tables for o in observations} for table in tables}
         )
-        ids, days = device_rows(self._rules, observations)
+        ids, days = device_rows(self._rules, observations) if devices else ([], [])
         references = [
             Reference(devices[value].handle, o.tables, o.message_id, o.time) for value, o in ids
         ]
@@ -954,7 +963,7 @@ class _Decision:
     # ---------------------------------------------------------------- late rows
 
     def catch_up(self, missed: Mapping[int, tuple[Rows, tuple[int, int]]], tables: set[str]) -> int:
-        names = self._store.anonymous_ids(missed)
+        names = self._store.anonymous_ids([handle for handle in missed if handle > 0])
         observations = [
             Observation(message_id, time, names[handle], (), (), False, None, where, {})
             for handle, (rows, _) in missed.items()
@@ -968,13 +977,16 @@ class _Decision:
             self._rewrite(Receipt(-1, tuple(observations), (unknown,) * len(observations)))
         windows: dict[int, dict[str, list[tuple[int, int]]]] = {}
         for handle, (rows, window) in missed.items():
+            if handle not in names:
+                continue
             found: dict[str, set[int]] = {}
             for where, days in rows.days.items():
                 for table in where:
                     found.setdefault(table, set()).update(days)
             ranges = {table: list(_runs(days)) for table, days in found.items()}
-            ranges.update({table: [window] for table in tables})
-            if ranges and handle in names:
+            spanned = {t for t in tables if self._rules.references_of(t) is References.NONE}
+            ranges.update({table: [window] for table in spanned})
+            if ranges:
                 windows[handle] = {
                     table: [(max(low, window[0]), min(high, window[1])) for low, high in parts]
                     for table, parts in ranges.items()
@@ -982,6 +994,12 @@ class _Decision:
                 }
         if windows:
             self._rewrite_windows(windows, names)
+        if tables and self._rules.has_own_column:
+            self._known_tables()
+            self._tables = tables
+            owners = self._owners_of({-handle for handle in missed if handle < 0})
+            self._store.lock((), owners)
+            self._rewrite_identified(owners, None)
         self._finish()
         return self._counts.updates
 
@@ -1069,7 +1087,8 @@ class _Decision:
         old = self._store.claims({timeline: (BEGINNING, END)}).get(timeline, [])
         until = max([at, *(claim.time for claim in old)])
         gone = [claim for claim in old if claim.owner is not None]
-        nobody = [claim._replace(owner=None, until=min(until, claim.until)) for claim in gone]
+        # Barred ones too: the same claim, arriving after the release, would be nobody's as well.
+        nobody = [claim._replace(owner=None, until=until) for claim in gone]
         self._store.release(anonymous_id, until)
         self._replace(timeline, anonymous_id, old, gone, nobody)
         self._finish()
@@ -1101,7 +1120,7 @@ class _Decision:
         )
         for timeline, old in claims.items():
             gone = [claim for claim in old if claim.owner in theirs]
-            # What was barred is not told from what arrives later: nothing is left to tell it by.
+            # Barred ones too: nothing is left to tell them by when they arrive later.
             nobody = [claim._replace(owner=None, until=until) for claim in gone]
             self._replace(timeline, values[timeline], old, gone, nobody)
         self._store.lock(timelines, theirs)
@@ -1113,13 +1132,10 @@ class _Decision:
 
     def _person(self, known: Known) -> dict[Identifier, Known]:
         """All identifiers of a person."""
-        if not known.component:
-            return dict([self._store.held({known.handle})[known.handle]])
-        ends = {
-            end
-            for link in self._store.links({known.component}).get(known.component, ())
-            for end in (link.a, link.b)
-        }
+        ends = {known.handle}  # its links may have gone with somebody who was forgotten
+        if known.component:
+            for link in self._store.links({known.component}).get(known.component, ()):
+                ends |= {link.a, link.b}
         return {
             identifier: held
             for identifier, held in self._store.held(ends).values()

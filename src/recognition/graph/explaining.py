@@ -149,8 +149,9 @@ def _explain_known(store: Store, known: Known, before: tuple[str, ...]) -> Expla
 def _explain_device(store: Store, rules: Rules, value: str) -> Explanation:
     timeline = store.timelines({value}).get(value)
     if timeline is None or not timeline.claimed:
+        rows = timeline and store.rows({timeline.handle: (BEGINNING, END)})
         return Explanation(
-            found=timeline is not None,
+            found=bool(rows) or (timeline is not None and timeline.released_until >= 0),
             owner=None,
             because=("nobody was ever seen on this device",),
         )

@@ -68,7 +68,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 from bson import Int64
 from pymongo import (
@@ -140,7 +140,7 @@ from recognition.graph.store import (
 )
 from recognition.identity import ANONYMOUS, Seen
 from recognition.messages import UpdateByCriteria, parse_update
-from recognition.rules import References, Rules
+from recognition.rules import Rules
 
 _log = logging.getLogger("recognition.graph.mongo")
 
@@ -203,7 +203,6 @@ class MongoGraph(StoredGraph):
         self._lock = threading.Lock()
         self._next_look = 0.0
         self._workspaces: dict[str, _Workspace] = {}
-        self._noted_days: set[int] = set()
         self._known_days = _Recent(200_000)
         self._client = _connect(url, timeout)
         try:
@@ -233,14 +232,13 @@ class MongoGraph(StoredGraph):
     def observe(self, rules: Rules, observations: Sequence[Observation]) -> Outcome:
         """See `Graph.observe`."""
         self.recover(rules, older_than=self._grace, every=self._grace / 2)
-        workspace = self._workspace(rules.workspace)
-        announced = self._patiently(lambda: self._announce(workspace, rules, observations))
-
-        def work(store: Store) -> Outcome:
-            return decisions.observe(store, rules, observations)
-
-        only_anonymous = not any(o.known for o in observations)
-        return self._decide(workspace, rules, work, announced, light=only_anonymous)
+        return self._decide(
+            self._workspace(rules.workspace),
+            rules,
+            lambda store: decisions.observe(store, rules, observations, rows_first=True),
+            rows_of=observations,
+            light=not any(o.known for o in observations),
+        )
 
     def recheck(self, rules: Rules, receipt: Receipt) -> int:
         """See `Graph.recheck`."""
@@ -296,15 +294,15 @@ class MongoGraph(StoredGraph):
             self._next_look = now + every
         workspace = self._workspace(rules.workspace)
         age = {"$subtract": ["$$NOW", {"$literal": round(older_than * 1000)}]}
-        left = self._patiently(
-            lambda: list(
-                self._db["sweeps"].find({"w": rules.workspace, "$expr": {"$lte": ["$at", age]}})
-            )
-        )
+        chosen = {"w": rules.workspace, "$expr": {"$lte": ["$at", age]}}
         emitted = 0
-        for sweep in left:
-            windows = {int.from_bytes(s): (start, end) for s, start, end in sweep["windows"]}
-            emitted += self._sweep(workspace, rules, sweep["_id"], windows, {}, set())
+        with self._client.start_session(causal_consistency=True) as session:
+            for found in self._patiently(
+                lambda: list(self._db["sweeps"].find(chosen, session=session))
+            ):
+                windows = {_handle(key): (start, end) for key, start, end in found["windows"]}
+                sweep = _Sweep(found["_id"], windows, {}, set())
+                emitted += self._sweep(workspace, rules, sweep, session)
         return emitted
 
     def _run(self, workspace: str, work: Callable[[Store], _Result]) -> _Result:
@@ -315,38 +313,53 @@ class MongoGraph(StoredGraph):
         workspace: _Workspace,
         rules: Rules,
         work: Callable[[Store], _Result],
-        announced: Mapping[bytes, set[str]] | None = None,
         *,
+        rows_of: Sequence[Observation] = (),
         light: bool = False,
     ) -> _Result:
         """
-        Do the work by rules 2 to 6. ``light``: it is likely that nothing is to be written.
+        Do the work by the rules. ``light``: it is likely that nothing is to be written.
+
+        All of it in one causally consistent session: whatever member answers, it has what was
+        written in the session before.
         """
         self._check_open()
-        if light:
-            store = _MongoStore(self, workspace, None, announced or {})
-            result = self._patiently(lambda: work(store))
-            if not store.has_changes:
-                return result
-        deadline = time.monotonic() + self._timeout
-        attempt = 0
-        while True:
-            attempt += 1
-            try:
-                with _translated():
-                    store, result = self._attempt(workspace, work, announced or {})
-                break
-            except _AgainError as exc:
-                if time.monotonic() > deadline:
-                    raise GraphUnavailableError(
-                        f"no decision came about within {self._timeout:g} s, in {attempt} attempts"
-                        f" ({exc}). Nothing of it was written; the same call again is safe."
-                    ) from exc.__cause__
-            time.sleep(random.uniform(0, min(0.002 * 2 ** min(attempt, 7), 0.25)))
-        if store.windows:
-            self._sweep(
-                workspace, rules, store.sweep_id, store.windows, store.rows_seen, store.tables_seen
+        with self._client.start_session(causal_consistency=True) as session:
+            announced = self._patiently(
+                lambda: self._announce(workspace, rules, rows_of, session) if rows_of else {}
             )
+            if light:
+                store = _MongoStore(self, workspace, session, announced)
+                # Somebody who was forgotten between two reads is missed: then in a transaction.
+                with suppress(LookupError):
+                    result = self._patiently(lambda: work(store))
+                    if not store.has_changes:
+                        return result
+            deadline = time.monotonic() + self._timeout
+            attempt = 0
+            while True:
+                attempt += 1
+                try:
+                    with _translated():
+                        store, result = self._attempt(workspace, work, announced, session)
+                    break
+                except _AgainError as exc:
+                    if time.monotonic() > deadline:
+                        raise GraphUnavailableError(
+                            f"no decision came about within {self._timeout:g} s, in {attempt}"
+                            f" attempts ({exc}). Nothing of it was written; the same call again is"
+                            " safe."
+                        ) from exc.__cause__
+                time.sleep(random.uniform(0, min(0.002 * 2 ** min(attempt, 7), 0.25)))
+            if store.windows:
+                sweep = _Sweep(store.sweep_id, store.windows, store.rows_seen, store.tables_seen)
+                try:
+                    self._sweep(workspace, rules, sweep, session)
+                except GraphUnavailableError:
+                    # The decision stands, and so does the sweep: it is done by whoever comes next.
+                    _log.warning(
+                        "the graph went away after a decision; its sweep is left to others"
+                    )
         return result
 
     def _attempt(
@@ -354,24 +367,24 @@ class MongoGraph(StoredGraph):
         workspace: _Workspace,
         work: Callable[[Store], _Result],
         announced: Mapping[bytes, set[str]],
+        session: ClientSession,
     ) -> tuple[_MongoStore, _Result]:
         try:
-            with self._client.start_session() as session:
-                session.start_transaction(ReadConcern("snapshot"), _MAJORITY)
-                store = _MongoStore(self, workspace, session, announced)
-                try:
-                    result = work(store)
-                    if store.has_changes:
-                        store.flush()
-                    else:
-                        session.abort_transaction()
-                        return store, result
-                except BaseException:
-                    if session.in_transaction:
-                        session.abort_transaction()
-                    raise
-                self._commit(session)
-                return store, result
+            session.start_transaction(ReadConcern("snapshot"), _MAJORITY)
+            store = _MongoStore(self, workspace, session, announced)
+            try:
+                result = work(store)
+                if store.has_changes:
+                    store.flush()
+                else:
+                    session.abort_transaction()
+                    return store, result
+            except BaseException:
+                if session.in_transaction:
+                    session.abort_transaction()
+                raise
+            self._commit(session)
+            return store, result
         except DuplicateKeyError as exc:
             raise _AgainError("another worker made the same thing") from exc
         except BulkWriteError as exc:
@@ -402,53 +415,34 @@ class MongoGraph(StoredGraph):
                 time.sleep(0.05)
 
     def _sweep(
-        self,
-        workspace: _Workspace,
-        rules: Rules,
-        sweep: bytes,
-        windows: Mapping[int, tuple[int, int]],
-        seen: Mapping[int, Rows],
-        tables_seen: set[str],
+        self, workspace: _Workspace, rules: Rules, sweep: _Sweep, session: ClientSession
     ) -> int:
         """Rule 6: rows that the decision did not see get an update of their own."""
+        devices = {h: window for h, window in sweep.windows.items() if h > 0}
 
         def look() -> tuple[dict[int, tuple[Rows, tuple[int, int]]], set[str]]:
-            missed: dict[int, tuple[Rows, tuple[int, int]]] = {}
-            for subject, rows in self._read_rows(windows, workspace, None).items():
-                before = seen.get(subject, _NO_ROWS)
-                late = Rows(
-                    {
-                        tables: left
-                        for tables, refs in rows.references.items()
-                        if (left := _beside(refs, before.references.get(tables, {})))
-                    },
-                    {
-                        tables: new
-                        for tables, days in rows.days.items()
-                        if (new := set(days) - set(before.days.get(tables, ())))
-                    },
-                )
+            missed = {}
+            for subject, rows in self._read_rows(devices, workspace, session).items():
+                late = _beside(rows, sweep.rows_seen.get(subject, _NO_ROWS))
                 if late.references or late.days:
-                    missed[subject] = (late, windows[subject])
-            tables = {
-                table
-                for table in self._tables(workspace.name) - tables_seen
-                if rules.references_of(table) is References.NONE
-            }
+                    missed[subject] = (late, devices[subject])
+            tables = workspace.tables - sweep.tables_seen
             if tables:
-                missed = {s: missed.get(s, (_NO_ROWS, window)) for s, window in windows.items()}
+                missed = {
+                    h: missed.get(h, (_NO_ROWS, window)) for h, window in sweep.windows.items()
+                }
             return missed, tables
 
         missed, tables = self._patiently(look)
         emitted = 0
         if missed:
             emitted = self._decide(
-                workspace,
-                rules,
-                lambda store: decisions.catch_up(store, rules, missed, tables),
+                workspace, rules, lambda store: decisions.catch_up(store, rules, missed, tables)
             )
-            _log.debug("rows of %d timelines came while they were decided", len(missed))
-        self._patiently(lambda: self._db["sweeps"].delete_one({"_id": sweep}))
+            _log.debug("rows of %d subjects came while they were decided", len(missed))
+        # Not majority: a sweep that comes back is done again, which changes nothing.
+        sweeps = self._db["sweeps"].with_options(write_concern=WriteConcern(1))
+        self._patiently(lambda: sweeps.delete_one({"_id": sweep.id}))
         return emitted
 
     @contextmanager
@@ -497,43 +491,43 @@ class MongoGraph(StoredGraph):
             workspace.rules = found.get("rules", "")
         return workspace.rules or rules
 
-    def _tables(self, workspace: str) -> set[str]:
-        found = self._db["meta"].find_one({"_id": _meta(workspace)}, {"tables": 1}) or {}
-        return set(found.get("tables", ()))
+    def _refresh(self, workspace: _Workspace, session: ClientSession | None = None) -> list[int]:
+        """Read what is known of a workspace; gives the days that have rows."""
+        if session is not None and session.in_transaction:
+            session = None
+        found = self._db["meta"].find_one({"_id": _meta(workspace.name)}, session=session) or {}
+        workspace.tables.update(found.get("tables", ()))
+        for place in found.get("places", ()):
+            workspace.places[tuple(place["tables"])] = place["n"]
+            workspace.place_names[place["n"]] = tuple(place["tables"])
+        return sorted(found.get("days", ()))
 
-    def _note_tables(self, workspace: _Workspace, tables: Collection[str]) -> None:
-        new = set(tables) - workspace.tables
-        if new:
+    def _note(self, workspace: _Workspace, tables: Collection[str], days: Collection[int]) -> None:
+        """Remember tables and days that have rows, before the rows are written."""
+        new_tables = set(tables) - workspace.noted_tables
+        new_days = set(days) - workspace.noted_days
+        if new_tables or new_days:
+            new = {"tables": sorted(new_tables), "days": sorted(new_days)}
             self._db["meta"].update_one(
                 {"_id": _meta(workspace.name)},
-                {"$addToSet": {"tables": {"$each": sorted(new)}}},
+                {"$addToSet": {name: {"$each": found} for name, found in new.items()}},
                 upsert=True,
             )
-            workspace.tables |= new
+            workspace.noted_tables |= new_tables
+            workspace.noted_days |= new_days
 
     def _place(self, workspace: _Workspace, tables: tuple[str, ...]) -> int:
         """The number of a combination of tables; one is given where it has none."""
         if tables not in workspace.places:
-            self._read_places(workspace)
+            self._refresh(workspace)
         while tables not in workspace.places:
             number = self._count_up("places", 1, self._db["meta"])
             self._db["meta"].update_one(
                 {"_id": _meta(workspace.name), "places.tables": {"$ne": list(tables)}},
                 {"$push": {"places": {"n": number, "tables": list(tables)}}},
             )
-            self._read_places(workspace)
+            self._refresh(workspace)
         return workspace.places[tables]
-
-    def _place_name(self, workspace: _Workspace, place: int) -> tuple[str, ...] | None:
-        if place not in workspace.place_names:
-            self._read_places(workspace)
-        return workspace.place_names.get(place)
-
-    def _read_places(self, workspace: _Workspace) -> None:
-        found = self._db["meta"].find_one({"_id": _meta(workspace.name)}, {"places": 1}) or {}
-        for place in found.get("places", ()):
-            workspace.places[tuple(place["tables"])] = place["n"]
-            workspace.place_names[place["n"]] = tuple(place["tables"])
 
     def _take_numbers(self, count: int) -> int:
         """The first of so many new numbers, greater than all that were ever taken."""
@@ -552,26 +546,28 @@ class MongoGraph(StoredGraph):
     # ---------------------------------------------------------------- rows
 
     def _announce(
-        self, workspace: _Workspace, rules: Rules, observations: Sequence[Observation]
+        self,
+        workspace: _Workspace,
+        rules: Rules,
+        observations: Sequence[Observation],
+        session: ClientSession,
     ) -> dict[bytes, set[str]]:
         """Rule 1. Gives the messages of each subject that were not known before."""
         places = {o.tables for o in observations}
-        if not places:
-            return {}
         # A place is a part of the document that the rules make.
         self._decided_with(workspace, rules.fingerprint, reads_only=False)
-        self._note_tables(workspace, {table for tables in places for table in tables})
+        self._note(workspace, {table for tables in places for table in tables}, ())
         ids, days = decisions.device_rows(rules, observations)
         subjects: dict[str, bytes] = {}
         for value, _ in (*ids, *days):
             if value not in subjects:
                 subjects[value] = workspace.digest(ANONYMOUS, value)
         fresh = self._write_references(
-            workspace, [(subjects[v], o.tables, o.message_id, o.time) for v, o in ids], None
+            workspace, [(subjects[v], o.tables, o.message_id, o.time) for v, o in ids], session
         )
         if days:
             self._write_days(
-                workspace, {(subjects[v], o.tables, o.time // DAY) for v, o in days}, None
+                workspace, {(subjects[v], o.tables, o.time // DAY) for v, o in days}, session
             )
         return fresh
 
@@ -579,7 +575,7 @@ class MongoGraph(StoredGraph):
         self,
         workspace: _Workspace,
         references: Iterable[tuple[bytes, tuple[str, ...], str, int]],
-        session: ClientSession | None,
+        session: ClientSession,
     ) -> dict[bytes, set[str]]:
         """Insert what is not there; gives the messages of each subject that were not."""
         chunks: dict[bytes, dict[bytes, tuple[str, bytes]]] = {}
@@ -606,7 +602,7 @@ class MongoGraph(StoredGraph):
                 fresh[subject] = {message_id}
         if not chunks:
             return fresh
-        self._note_days(days)
+        self._note(workspace, (), days)
         known = self._insert_chunks(chunks, session)
         for prefix, rest in known:
             fresh[prefix[:DIGEST]].discard(chunks[prefix][rest][0])
@@ -615,7 +611,7 @@ class MongoGraph(StoredGraph):
     def _insert_chunks(
         self,
         chunks: Mapping[bytes, Mapping[bytes, tuple[str, bytes]]],
-        session: ClientSession | None,
+        session: ClientSession,
     ) -> set[tuple[bytes, bytes]]:
         """Gives the prefix and the rest of the key of references that were there already."""
         by_slot: dict[str, list[_Document]] = {}
@@ -643,7 +639,7 @@ class MongoGraph(StoredGraph):
         name: str,
         taken: Sequence[bytes],
         chunks: Mapping[bytes, Mapping[bytes, tuple[str, bytes]]],
-        session: ClientSession | None,
+        session: ClientSession,
     ) -> set[tuple[bytes, bytes]]:
         """A chunk was there under the same first reference: insert what it does not hold."""
         known: set[tuple[bytes, bytes]] = set()
@@ -665,12 +661,12 @@ class MongoGraph(StoredGraph):
         return known
 
     def _insert(
-        self, name: str, documents: Sequence[_Document], session: ClientSession | None
+        self, name: str, documents: Sequence[_Document], session: ClientSession
     ) -> list[bytes]:
         """Insert; gives the keys that were there already."""
         if not documents:
             return []
-        if session is not None:
+        if session.in_transaction:
             # An error would end the transaction: look first.
             ranges = [(name, d["_id"], d["_id"]) for d in documents]
             held = {d["_id"] for d in self._union(ranges, session)}
@@ -679,7 +675,7 @@ class MongoGraph(StoredGraph):
                 self._db[name].insert_many(new, ordered=False, session=session)
             return list(held)
         try:
-            self._db[name].insert_many(documents, ordered=False)
+            self._db[name].insert_many(documents, ordered=False, session=session)
         except BulkWriteError as exc:
             details = exc.details or {}
             errors = details.get("writeErrors", [])
@@ -694,7 +690,7 @@ class MongoGraph(StoredGraph):
         self,
         workspace: _Workspace,
         days: Collection[tuple[bytes, tuple[str, ...], int]],
-        session: ClientSession | None,
+        session: ClientSession,
     ) -> None:
         keys: dict[str, list[bytes]] = {}
         for subject, tables, day in days:
@@ -702,31 +698,18 @@ class MongoGraph(StoredGraph):
             key = subject + day.to_bytes(3) + slot + bytes(_REST)
             if key not in self._known_days:
                 keys.setdefault(_rows_of(key[:-_REST]), []).append(key)
-        self._note_days({day for _, _, day in days})
+        self._note(workspace, (), {day for _, _, day in days})
         for name, new in keys.items():
             self._insert(name, [{"_id": key} for key in new], session)
-            if session is None:
-                self._known_days.add(new)
-
-    def _note_days(self, days: Collection[int]) -> None:
-        new = set(days) - self._noted_days
-        if new:
-            self._db["meta"].update_one(
-                {"_id": "days"}, {"$addToSet": {"days": {"$each": sorted(new)}}}, upsert=True
-            )
-            self._noted_days |= new
-
-    def _days(self) -> list[int]:
-        """The days that have rows, of all workspaces."""
-        return sorted((self._db["meta"].find_one({"_id": "days"}) or {}).get("days", ()))
+            self._known_days.add(new)
 
     def _read_rows(
         self,
         windows: Mapping[int, tuple[int, int]],
         workspace: _Workspace,
-        session: ClientSession | None,
+        session: ClientSession,
     ) -> dict[int, Rows]:
-        days = self._days()
+        days = self._refresh(workspace, session)
         ranges: list[tuple[str, bytes, bytes]] = []
         for handle, (start, end) in windows.items():
             subject = abs(handle).to_bytes(DIGEST)
@@ -749,9 +732,8 @@ class MongoGraph(StoredGraph):
         found: dict[int, tuple[dict[Any, dict[str, int]], dict[Any, set[int]]]] = {}
         for document in self._union(ranges, session):
             key = document["_id"]
-            day = int.from_bytes(key[DIGEST : DIGEST + 3])
-            slot = int.from_bytes(key[DIGEST + 3 : DIGEST + 6])
-            place = self._place_name(workspace, slot // 4)
+            day, slot = _day(key), _slot(key)
+            place = workspace.place_names.get(slot // 4)
             if day not in kept or place is None:
                 continue
             handle = signs[key[:DIGEST]]
@@ -780,7 +762,8 @@ class MongoGraph(StoredGraph):
         A transaction has no ``$unionWith``: what is read for one is read beside it, and later than
         its snapshot, which includes what the primary holds and the majority does not confirm yet.
         What is newer than the snapshot was written under a lock (rule 3) that this transaction
-        takes too, so that it will be done again.
+        takes too, so that it will be done again; where it takes none, `_MongoStore` asks whether
+        the timeline is still what it was.
         """
         concern = ReadConcern("majority")
         if session is not None and session.in_transaction:
@@ -872,7 +855,11 @@ class MongoGraph(StoredGraph):
 
     def _stats(self) -> GraphStats:
         db = self._db
-        kept = set(self._days())
+        kept = {
+            place["n"]: set(found.get("days", ()))
+            for found in db["meta"].find({"places": {"$exists": True}})
+            for place in found["places"]
+        }
         references = devices = 0
         last = b""
         # All in the order of their digests, so that each is counted once.
@@ -880,7 +867,7 @@ class MongoGraph(StoredGraph):
             *(self._row_sizes(name) for name in _ROWS),
             ((d["_id"], 0) for d in db["timelines"].find({}, {"_id": 1}).sort("_id", 1)),
         ):
-            visible = len(key) == DIGEST or int.from_bytes(key[DIGEST : DIGEST + 3]) in kept
+            visible = len(key) == DIGEST or _day(key) in kept.get(_slot(key) // 4, ())
             if visible and key[:DIGEST] != last and not key[DIGEST - 1] & 1:
                 devices += 1
                 last = key[:DIGEST]
@@ -932,20 +919,26 @@ class MongoGraph(StoredGraph):
         """
         horizon = before // DAY
 
-        def forget_days() -> int:
-            days = self._days()
-            old = [day for day in days if day < horizon]
-            if old:
-                self._db["meta"].update_one({"_id": "days"}, {"$pull": {"days": {"$in": old}}})
-            return len(old)
+        def forget_days() -> tuple[set[int], set[int]]:
+            old: set[int] = set()
+            kept: set[int] = set()
+            for found in self._db["meta"].find({"days": {"$exists": True}}, {"days": 1}):
+                gone = [day for day in found["days"] if day < horizon]
+                old.update(gone)
+                kept.update(set(found["days"]) - set(gone))
+                if gone:
+                    self._db["meta"].update_one(
+                        {"_id": found["_id"]}, {"$pull": {"days": {"$in": gone}}}
+                    )
+            return old, kept
 
-        dropped = self._patiently(forget_days)
-        self._noted_days = {day for day in self._noted_days if day >= horizon}
-        if dropped:
-            kept = {day // PERIOD % SLOTS for day in self._patiently(self._days)}
-            for slot in set(range(SLOTS)) - kept:
+        old, kept = self._patiently(forget_days)
+        for workspace in self._workspaces.values():
+            workspace.noted_days -= old
+        if old:
+            for slot in set(range(SLOTS)) - {day // PERIOD % SLOTS for day in kept}:
                 self._patiently(lambda name=_ROWS[slot]: self._empty(name))  # type: ignore[misc]
-        return dropped
+        return len(old)
 
     def _empty(self, name: str) -> None:
         if self._db[name].find_one({}, {"_id": 1}) is None:
@@ -964,6 +957,8 @@ class _Workspace:
     digest: Callable[[str, str], bytes]
     rules: str = ""
     tables: set[str] = field(default_factory=set)
+    noted_tables: set[str] = field(default_factory=set)
+    noted_days: set[int] = field(default_factory=set)
     places: dict[tuple[str, ...], int] = field(default_factory=dict)
     place_names: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
@@ -984,6 +979,15 @@ class _Recent:
             self._keys.pop(next(iter(self._keys)), None)
 
 
+class _Sweep(NamedTuple):
+    """What changed hands in a decision, and what it saw of the rows in there."""
+
+    id: bytes
+    windows: Mapping[int, tuple[int, int]]
+    rows_seen: Mapping[int, Rows]
+    tables_seen: set[str]
+
+
 class _AgainError(Exception):
     """The same work may succeed when it is done again. Nothing of it was written."""
 
@@ -993,7 +997,7 @@ class _AgainError(Exception):
 
 class _MongoStore:
     """
-    One transaction of one workspace; without a session, majority reads and no writes.
+    One transaction of one workspace; where none was begun, majority reads and no writes.
 
     What is read is kept, and what is written is written at the end, by one command for each
     collection, so that the number of round trips does not depend on the size of the batch.
@@ -1003,7 +1007,7 @@ class _MongoStore:
         self,
         graph: MongoGraph,
         workspace: _Workspace,
-        session: ClientSession | None,
+        session: ClientSession,
         announced: Mapping[bytes, set[str]],
         *,
         reads_only: bool = False,
@@ -1018,6 +1022,7 @@ class _MongoStore:
         self.windows: dict[int, tuple[int, int]] = {}
         self.rows_seen: dict[int, Rows] = {}
         self.tables_seen: set[str] = set()
+        self._tables: set[str] | None = None
         self._timelines: dict[bytes, _Document | None] = {}
         self._values: dict[bytes, str] = {}
         self._whole: dict[bytes, list[Claim]] = {}
@@ -1056,16 +1061,8 @@ class _MongoStore:
         """Write everything, in the transaction."""
         session, db = self._session, self._db
         version = self._final_version()
-        timelines: list[Any] = []
-        for key in self._changed_timelines:
-            document = self._timelines[key]
-            assert document is not None
-            timelines.append(ReplaceOne({"_id": key}, {**document, "v": version}, upsert=True))
-        identifiers: list[Any] = []
-        for key in self._changed_identifiers:
-            document = self._identifiers[key]
-            assert document is not None
-            identifiers.append(ReplaceOne({"_id": key}, {**document, "v": version}, upsert=True))
+        timelines = _writes(self._timelines, self._changed_timelines, version)
+        identifiers = _writes(self._identifiers, self._changed_identifiers, version)
         locked = self._locked - self._changed_timelines - self._changed_identifiers
         for writes, known in ((timelines, False), (identifiers, True)):
             held = [key for key in locked if bool(key[-1] & 1) == known]
@@ -1077,12 +1074,15 @@ class _MongoStore:
             links.append(
                 UpdateOne({"_id": key, "c": _key(component)}, {"$set": {"v": version}}, upsert=True)
             )
-        claimants: list[Any] = [
-            UpdateOne({"_id": pair}, {"$setOnInsert": {"_id": pair}}, upsert=True)
-            if there
-            else DeleteOne({"_id": pair})
-            for pair, there in self._claimant_writes.items()
-        ]
+        claimants: list[Any] = []
+        for pair, there in self._claimant_writes.items():
+            if not there:
+                claimants.append(DeleteOne({"_id": pair}))
+            elif "v" in (self._timelines[pair[DIGEST:]] or {}):
+                made = {"$setOnInsert": {"_id": pair}}
+                claimants.append(UpdateOne({"_id": pair}, made, upsert=True))
+            else:
+                claimants.append(InsertOne({"_id": pair}))
         for name, writes in (
             ("timelines", timelines),
             ("identifiers", identifiers),
@@ -1094,7 +1094,9 @@ class _MongoStore:
                 db[name].bulk_write(writes, ordered=False, session=session)
         for subject in self._gone_subjects:
             low, high = subject + bytes(6 + _REST), subject + b"\xff" * (6 + _REST)
-            for name in sorted({_ROWS[day // PERIOD % SLOTS] for day in self._graph._days()}):
+            for name in sorted(
+                {_ROWS[day // PERIOD % SLOTS] for day in self._graph._refresh(self._workspace)}
+            ):
                 db[name].delete_many({"_id": {"$gte": low, "$lte": high}}, session=session)
         if self._references:
             self._graph._write_references(self._workspace, self._references, session)
@@ -1113,7 +1115,7 @@ class _MongoStore:
                 session=session,
             )
         if self.windows:
-            windows = [[_key(h), start, end] for h, (start, end) in self.windows.items()]
+            windows = [[_key(abs(h)), start, end] for h, (start, end) in self.windows.items()]
             fields = {"w": self._workspace.name, "windows": windows}
             db["sweeps"].update_one(
                 {"_id": self.sweep_id},
@@ -1159,7 +1161,7 @@ class _MongoStore:
         keys = {_key(handle): handle for handle in timelines}
         self._load_timelines(keys)
         return {
-            handle: document["a"]
+            handle: unpack_id(document["a"])
             for key, handle in keys.items()
             if (document := self._timelines[key]) is not None
         }
@@ -1172,10 +1174,9 @@ class _MongoStore:
             document = self._timelines[key] = {
                 "_id": key,
                 "w": self._workspace.name,
-                "a": self._values[key],
+                "a": pack_id(self._values[key]),
                 "n": 0,
                 "first": [],
-                "last": [],
             }
         self._changed_timelines.add(key)
         return document
@@ -1193,7 +1194,7 @@ class _MongoStore:
                 continue
             low, high = windows[handle]
             whole = document.get("ended") or (low <= BEGINNING and high >= END)
-            ends = sorted({_claim(c) for c in (*document["first"], *document["last"])})
+            ends = sorted({_claim(c) for c in (*document["first"], *_last(document))})
             if key in self._whole:
                 found[handle] = self._whole[key]
             elif document["n"] == len(ends):
@@ -1204,11 +1205,13 @@ class _MongoStore:
                 wanted[key] = (BEGINNING, END)
             elif document.get("many"):
                 wanted[key] = (low, high)
-            elif low > document["last"][0][0]:
-                found[handle] = [_claim(c) for c in document["last"]]
+            elif low > _last(document)[0][0]:
+                found[handle] = [_claim(c) for c in _last(document)]
             else:
                 wanted[key] = (low, high)
-        for key, claims in self._read_claims(wanted).items():
+        read = self._read_claims(wanted)
+        self._check_unchanged(wanted)
+        for key, claims in read.items():
             found[keys[key]] = claims
             if wanted[key] == (BEGINNING, END):
                 self._whole[key] = claims
@@ -1224,6 +1227,23 @@ class _MongoStore:
                 found[handle] = sorted({*beginning, *claims})
         return found
 
+    def _check_unchanged(self, keys: Collection[bytes]) -> None:
+        """
+        What was read beside the snapshot is of the snapshot: nobody has changed the timeline since.
+
+        Rows are stamped by claims of timelines that this transaction does not lock. A claim that is
+        newer than the persons of the snapshot would stamp them with what they never held, and no
+        update would know of it.
+        """
+        if not keys or not self._session.in_transaction:
+            return
+        timelines = self._db["timelines"].with_options(read_concern=ReadConcern("local"))
+        now = {d["_id"]: d["v"] for d in timelines.find({"_id": {"$in": list(keys)}}, {"v": 1})}
+        for key in keys:
+            document = self._timelines[key]
+            if document is None or now.get(key) != document.get("v"):
+                raise _AgainError("another worker claimed a device")
+
     def _read_claims(self, windows: Mapping[bytes, tuple[int, int]]) -> dict[bytes, list[Claim]]:
         """
         Claims of windows and at least one beyond each of their ends.
@@ -1235,7 +1255,7 @@ class _MongoStore:
         for key, (low, high) in windows.items():
             document = self._timelines[key]
             assert document is not None
-            length = document["last"][0][0] - document["first"][0][0]
+            length = _last(document)[0][0] - document["first"][0][0]
             width = 1 + 8 * length // document["n"]
             reach[key] = (max(low - width, BEGINNING), min(high + width, END))
         ranges = [("claims", *_claim_range(key, *bounds)) for key, bounds in reach.items()]
@@ -1249,7 +1269,7 @@ class _MongoStore:
             claims.sort()
             if low > document["first"][0][0] and not (claims and claims[0].time < low):
                 claims[:0] = self._nearest(key, BEGINNING, reach[key][0] - 1, -1)
-            if high < document["last"][0][0] and not (claims and claims[-1].time > high):
+            if high < _last(document)[0][0] and not (claims and claims[-1].time > high):
                 claims.extend(self._nearest(key, reach[key][1] + 1, END, 1))
         return found
 
@@ -1287,18 +1307,25 @@ class _MongoStore:
     @staticmethod
     def _extend(document: _Document, new: Collection[Claim]) -> None:
         """Keep what a timeline's document says of its claims."""
+        if not new:
+            return
+        first = {_claim(c) for c in document["first"]}
+        last = {_claim(c) for c in _last(document)}
+        start = min(c.time for c in (*first, *new))
+        end = max(c.time for c in (*last, *new))
+        firsts = sorted(c for c in (*first, *new) if c.time == start)
+        lasts = sorted(c for c in (*last, *new) if c.time == end)
         document["n"] += len(new)
-        document["soft"] = document.get("soft", False) or any(c.soft for c in new)
-        document["ended"] = document.get("ended", False) or any(c.until < END for c in new)
-        first = {_claim(c) for c in document["first"]} | set(new)
-        last = {_claim(c) for c in document["last"]} | set(new)
-        if first:
-            start, end = min(c.time for c in first), max(c.time for c in last)
-            firsts = sorted(c for c in first if c.time == start)
-            lasts = sorted(c for c in last if c.time == end)
-            document["many"] = document.get("many", False) or max(len(firsts), len(lasts)) > _ENDS
-            document["first"] = [_listed(c) for c in firsts[:_ENDS]]
+        document["first"] = [_listed(c) for c in firsts[:_ENDS]]
+        if firsts != lasts:
             document["last"] = [_listed(c) for c in lasts[:_ENDS]]
+        for name, holds in (
+            ("soft", any(c.soft for c in new)),
+            ("ended", any(c.until < END for c in new)),
+            ("many", max(len(firsts), len(lasts)) > _ENDS),
+        ):
+            if holds:
+                document[name] = True
 
     def replace_claims(
         self, timeline: int, gone: Collection[Claim], new: Collection[Claim]
@@ -1315,7 +1342,8 @@ class _MongoStore:
         for claim in new:
             made = _claim_document(key, claim)
             self._claim_writes.append(ReplaceOne({"_id": made["_id"]}, made, upsert=True))
-        document.update(n=0, first=[], last=[])
+        document.update(n=0, first=[])
+        document.pop("last", None)
         self._extend(document, left)
         self._whole[key] = left
 
@@ -1355,10 +1383,12 @@ class _MongoStore:
         for identifier in identifiers:
             key = _key(identifier)
             ranges.append(("claimants", key + bytes(DIGEST), key + b"\xff" * DIGEST))
-        return {
-            int.from_bytes(document["_id"][DIGEST:])
-            for document in self._graph._union(ranges, self._session)
-        }
+        found = {d["_id"][DIGEST:] for d in self._graph._union(ranges, self._session)}
+        self._load_timelines(found)
+        if any(self._timelines[key] is None for key in found):
+            # It was claimed after the snapshot: see `MongoGraph._union`.
+            raise _AgainError("another worker claimed a device")
+        return set(map(int.from_bytes, found))
 
     def barred(self, pairs: Collection[tuple[int, int]]) -> set[tuple[int, int]]:
         self._load_timelines({_key(timeline) for timeline, _ in pairs})
@@ -1435,8 +1465,7 @@ class _MongoStore:
                 "t": identifier.type,
                 "value": identifier.value,
             }
-            if "gone" in before:
-                document["gone"] = before["gone"]
+            document.update({name: before[name] for name in ("gone", "v") if name in before})
             self._identifiers[key] = document
             made[identifier] = int.from_bytes(key)
             self._set_seen(key, sighting, value)
@@ -1551,60 +1580,52 @@ class _MongoStore:
                 "_id": key,
                 "w": self._workspace.name,
                 "gone": max(until, before.get("gone", until)),
+                **({"v": before["v"]} if before else {}),
             }
             self._changed_identifiers.add(key)
 
     # ---------------------------------------------------------------- rows
 
     def rows(self, windows: Mapping[int, tuple[int, int]]) -> dict[int, Rows]:
-        graph, workspace = self._graph, self._workspace
-        devices = {h: window for h, window in windows.items() if h > 0}
-        others = {h: window for h, window in windows.items() if h < 0}
-        found = graph._read_rows(others, workspace, self._session) if others else {}
-        if devices:
-            # Outside of the transaction: the later they are read, the less is left for rule 6.
-            session = self._session if self._reads_only else None
-            read = graph._read_rows(devices, workspace, session)
-            for handle, (start, end) in devices.items():
-                low, high = self.windows.get(handle, (start, end))
-                self.windows[handle] = (min(low, start), max(high, end))
-            for handle, rows in read.items():
-                self.rows_seen[handle] = _joined(self.rows_seen.get(handle, _NO_ROWS), rows)
-                own = self._announced.get(_key(handle))
-                # The rows of this batch are not there yet: they come as they are stamped.
-                found[handle] = _without(rows, own) if own else rows
-            if not self.tables_seen:
-                self.tables_seen = self.tables()
+        found = self._graph._read_rows(windows, self._workspace, self._session)
+        if self._tables is None:
+            self._tables = set(self._workspace.tables)
+        self.tables_seen |= self._tables
+        for subject, (start, end) in windows.items():
+            low, high = self.windows.get(subject, (start, end))
+            self.windows[subject] = (min(low, start), max(high, end))
+        for subject, rows in found.items():
+            self.rows_seen[subject] = _joined(self.rows_seen.get(subject, _NO_ROWS), rows)
+            # The rows of this batch are not there yet: they come as they are stamped.
+            own = self._announced.get(_key(subject)) if subject > 0 else None
+            if own:
+                found[subject] = _without(rows, own)
         return found
 
     def add_references(self, references: Iterable[Reference]) -> None:
-        # Those of devices were written before this transaction began: rule 1.
+        # Those of identified rows alone; those of devices came first: rule 1.
         self._references.extend(
             (_key(-subject), tables, message_id, at)
             for subject, tables, message_id, at in references
-            if subject < 0
         )
 
     def add_days(self, days: Iterable[Day]) -> None:
-        pass  # written before this transaction began: rule 1
+        raise NotImplementedError("days are written before a transaction begins: rule 1")
 
     def find(self, message_id: str) -> list[Sighting]:
         found: list[Sighting] = []
         graph, workspace = self._graph, self._workspace
-        kept = set(graph._days())
+        kept = set(graph._refresh(workspace, self._session))
         for name in _ROWS:
             for document in self._db[name].find({}, session=self._session, batch_size=20_000):
                 key = document["_id"]
-                day = int.from_bytes(key[DIGEST : DIGEST + 3])
-                slot = int.from_bytes(key[DIGEST + 3 : DIGEST + 6])
-                if slot % 4 == _DAY_KIND or day not in kept:
+                day, slot = _day(key), _slot(key)
+                place = workspace.place_names.get(slot // 4)
+                if slot % 4 == _DAY_KIND or day not in kept or place is None:
                     continue
                 for _, packed in _references_in(document, slot % 4):
                     for other, at in unpack(slot % 4, packed, day * DAY):
-                        if other != message_id:
-                            continue
-                        place = graph._place_name(workspace, slot // 4)
-                        if place is not None:
+                        if other == message_id:
                             sign = -1 if key[DIGEST - 1] & 1 else 1
                             subject = sign * int.from_bytes(key[:DIGEST])
                             found.append(Sighting(subject, at, place))
@@ -1621,11 +1642,14 @@ class _MongoStore:
         return found
 
     def tables(self) -> set[str]:
-        return self._graph._tables(self._workspace.name)
+        if self._tables is None:
+            self._graph._refresh(self._workspace, self._session)
+            self._tables = set(self._workspace.tables)
+        return self._tables
 
     def note_tables(self, tables: Iterable[str]) -> None:
-        if self._session is not None and not self._reads_only:
-            self._graph._note_tables(self._workspace, set(tables))
+        if not self._reads_only:
+            self._graph._note(self._workspace, set(tables), ())
 
     # ---------------------------------------------------------------- order
 
@@ -1675,11 +1699,29 @@ class _MongoStore:
 _NO_ROWS = Rows({}, {})
 
 
+def _writes(
+    documents: Mapping[bytes, _Document | None], changed: Collection[bytes], version: int
+) -> list[Any]:
+    """What makes or replaces changed documents. One without a version must not be there yet."""
+    writes: list[Any] = []
+    for key in changed:
+        document = documents[key]
+        assert document is not None
+        made = {**document, "v": version}
+        writes.append(ReplaceOne({"_id": key}, made) if "v" in document else InsertOne(made))
+    return writes
+
+
 # -------------------------------------------------------------------- keys and documents
 
 
 def _key(handle: int) -> bytes:
     return handle.to_bytes(DIGEST)
+
+
+def _handle(key: bytes) -> int:
+    """The subject that a digest stands for: negative, where it is a known identifier."""
+    return -int.from_bytes(key) if key[-1] & 1 else int.from_bytes(key)
 
 
 def _meta(workspace: str) -> str:
@@ -1690,9 +1732,18 @@ def _hashed(message_id: str) -> bytes:
     return hashlib.blake2b(message_id.encode(), digest_size=16).digest()
 
 
+def _day(key: bytes) -> int:
+    return int.from_bytes(key[DIGEST : DIGEST + 3])
+
+
+def _slot(key: bytes) -> int:
+    """Of a row: four times its place, and how it is packed."""
+    return int.from_bytes(key[DIGEST + 3 : DIGEST + 6])
+
+
 def _rows_of(prefix: bytes) -> str:
     """The collection of a row, by the beginning of its key."""
-    return _ROWS[int.from_bytes(prefix[DIGEST : DIGEST + 3]) // PERIOD % SLOTS]
+    return _ROWS[_day(prefix) // PERIOD % SLOTS]
 
 
 def _short(packed: bytes, kind: int) -> bytes:
@@ -1750,8 +1801,19 @@ def _without(rows: Rows, messages: Collection[str]) -> Rows:
     )
 
 
-def _beside(refs: Mapping[str, int], known: Mapping[str, int]) -> dict[str, int]:
-    return {message_id: at for message_id, at in refs.items() if message_id not in known}
+def _beside(rows: Rows, known: Rows) -> Rows:
+    """What is in rows, and not in what was known."""
+    references = {
+        tables: {m: at for m, at in refs.items() if m not in known.references.get(tables, ())}
+        for tables, refs in rows.references.items()
+    }
+    days = {
+        tables: set(found) - set(known.days.get(tables, ())) for tables, found in rows.days.items()
+    }
+    return Rows(
+        {tables: refs for tables, refs in references.items() if refs},
+        {tables: found for tables, found in days.items() if found},
+    )
 
 
 def _claim_key(timeline: bytes, claim: Claim) -> bytes:
@@ -1789,6 +1851,12 @@ def _claim_of(document: _Document) -> Claim:
         document.get("until", END),
         document.get("soft", False),
     )
+
+
+def _last(document: _Document) -> list[Any]:
+    """The claims at the last instant of a timeline; where it has one instant, it is the first."""
+    found: list[Any] = document["last" if "last" in document else "first"]
+    return found
 
 
 def _listed(claim: Claim) -> list[Any]:
@@ -1985,7 +2053,7 @@ def _create(database: Database[_Document], name: str, *, clustered: bool) -> Non
     options: dict[str, Any] = {}
     if clustered:
         options["clusteredIndex"] = {"key": {"_id": 1}, "unique": True}
-    if name.startswith(("rows_", "claims")):
+    if name not in ("outbox", "meta"):
         # A quarter less than snappy on random ids; see docs/benchmarks.md.
         options["storageEngine"] = {"wiredTiger": {"configString": "block_compressor=zstd"}}
     try:

@@ -71,6 +71,7 @@ def unpack(kind: int, packed: bytes, start: int) -> Iterator[tuple[str, int]]:
 
 #: Bytes of a digest. Of ten thousand million names, two share one with a probability of 1e-9.
 DIGEST = 12
+EARLIER_DIGEST = 16
 
 
 def digester(salt: bytes, workspace: str) -> Callable[[str, str], bytes]:
@@ -82,12 +83,34 @@ def digester(salt: bytes, workspace: str) -> Callable[[str, str], bytes]:
     """
     keyed = hashlib.blake2b(key=salt, digest_size=DIGEST)
     keyed.update(len(workspace.encode()).to_bytes(4, "big") + workspace.encode())
+    begun: dict[str, hashlib.blake2b] = {}
 
     def digest(type: str, value: str) -> bytes:
-        named = keyed.copy()
-        named.update(f"{type}\0{value}".encode())
+        if type not in begun:
+            beginning = keyed.copy()
+            beginning.update(f"{type}\0".encode())
+            begun[type] = beginning  # whole by now: threads share it
+        named = begun[type].copy()
+        named.update(value.encode())
         made = named.digest()
-        last = made[-1] & 0xFE if type == ANONYMOUS else made[-1] | 1
-        return made[:-1] + bytes((last,))
+        known = type != ANONYMOUS
+        return made if made[-1] & 1 == known else made[:-1] + _OTHER_KIND[made[-1]]
+
+    return digest
+
+
+_OTHER_KIND = [bytes((last ^ 1,)) for last in range(256)]
+
+
+def earlier_digester(salt: bytes, workspace: str) -> Callable[[str, str], bytes]:
+    """
+    Makes the 16-byte names by which version 1 of the SQLite graph remembered who was forgotten.
+
+    Nothing leads from these to the names of now, so that they are kept, and asked for as well.
+    """
+
+    def digest(type: str, value: str) -> bytes:
+        text = "\0".join((workspace, type, value)).encode()
+        return hashlib.blake2b(text, key=salt, digest_size=EARLIER_DIGEST).digest()
 
     return digest

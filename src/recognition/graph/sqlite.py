@@ -7,14 +7,13 @@ With ``synchronous=NORMAL`` a killed process loses nothing that was acknowledged
 lose the last transactions, whole ones only (https://www.sqlite.org/pragma.html#pragma_synchronous),
 which ``synchronous=FULL`` prevents at the price of an fsync per batch.
 
-How it is kept small: an anonymous id is stored once and has a short number; message references are
-packed, one row per device, day and place, 20 bytes a reference where the message id is a UUID and
-the time has whole milliseconds.
+How it is kept small: an anonymous id is known by its digest and has a short number; the id itself
+is kept of claimed devices alone. Message references are packed, one row per device, day and place,
+20 bytes a reference where the message id is a UUID and the time has whole milliseconds.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 import socket
@@ -23,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -36,7 +36,15 @@ from recognition.errors import (
 )
 from recognition.events import Identifier
 from recognition.graph import Delivery, GraphStats, StoredGraph
-from recognition.graph.packing import TEXT, pack, pack_id, unpack, unpack_id
+from recognition.graph.packing import (
+    TEXT,
+    digester,
+    earlier_digester,
+    pack,
+    pack_id,
+    unpack,
+    unpack_id,
+)
 from recognition.graph.store import (
     Day,
     Known,
@@ -48,62 +56,64 @@ from recognition.graph.store import (
     Timeline,
     Trait,
 )
-from recognition.identity import Seen
+from recognition.identity import ANONYMOUS, Seen
 from recognition.messages import UpdateByCriteria, parse_update
 
 # "RECG": says that a file is ours (https://www.sqlite.org/pragma.html#pragma_application_id).
 APPLICATION_ID = 0x52454347
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SCHEMA = """
-CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
-CREATE TABLE names (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
-CREATE TABLE places (
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS names (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
+CREATE TABLE IF NOT EXISTS places (
     workspace INTEGER, tables TEXT, id INTEGER NOT NULL, PRIMARY KEY (workspace, tables)
 ) WITHOUT ROWID;
--- key: the anonymous id, 16 bytes where it is a UUID
-CREATE TABLE timelines (
-    workspace INTEGER, key, id INTEGER NOT NULL, claimed INTEGER NOT NULL, released INTEGER,
-    PRIMARY KEY (workspace, key)
+-- digest: of the anonymous id, in its workspace
+CREATE TABLE IF NOT EXISTS timelines (
+    digest BLOB PRIMARY KEY, workspace INTEGER NOT NULL, id INTEGER NOT NULL,
+    claimed INTEGER NOT NULL, released INTEGER
 ) WITHOUT ROWID;
+-- key: the anonymous id, 16 bytes where it is a UUID
 -- ended: some of its claims were forgotten or released
-CREATE TABLE claimed (
+CREATE TABLE IF NOT EXISTS claimed (
     id INTEGER PRIMARY KEY, workspace INTEGER, key, ended INTEGER NOT NULL DEFAULT 0
 );
 -- until: NULL, or the last moment that a forgotten claim has any effect on
-CREATE TABLE claims (
+CREATE TABLE IF NOT EXISTS claims (
     timeline INTEGER, time INTEGER, message, identifier INTEGER, until INTEGER, soft INTEGER,
     PRIMARY KEY (timeline, time, message)
 ) WITHOUT ROWID;
-CREATE TABLE claimants (
+CREATE TABLE IF NOT EXISTS claimants (
     identifier INTEGER, timeline INTEGER, barred INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (identifier, timeline)
 ) WITHOUT ROWID;
-CREATE TABLE identifiers (
+CREATE TABLE IF NOT EXISTS identifiers (
     id INTEGER PRIMARY KEY, workspace INTEGER, type INTEGER, key, seen_as TEXT,
     only_previous INTEGER, time INTEGER, message,
     component INTEGER NOT NULL DEFAULT 0, canonical INTEGER NOT NULL DEFAULT 0,
     UNIQUE (workspace, type, key)
 );
-CREATE TABLE links (
+CREATE TABLE IF NOT EXISTS links (
     component INTEGER, a INTEGER, b INTEGER, alias INTEGER, time INTEGER, message,
     unlinked INTEGER, refused TEXT,
     PRIMARY KEY (component, a, b, alias)
 ) WITHOUT ROWID;
-CREATE TABLE traits (
+CREATE TABLE IF NOT EXISTS traits (
     identifier INTEGER, trait TEXT, time INTEGER, message, value,
     PRIMARY KEY (identifier, trait)
 ) WITHOUT ROWID;
-CREATE TABLE forgotten (digest BLOB PRIMARY KEY, until INTEGER) WITHOUT ROWID;
+-- forgotten_1 of meta: how many of them schema version 1 has named, by 16 bytes
+CREATE TABLE IF NOT EXISTS forgotten (digest BLOB PRIMARY KEY, until INTEGER) WITHOUT ROWID;
 -- slot: 3 * place + how it is packed, chunk 0 is the open one
-CREATE TABLE refs (
+CREATE TABLE IF NOT EXISTS refs (
     subject INTEGER, day INTEGER, slot INTEGER, chunk INTEGER, packed BLOB,
     PRIMARY KEY (subject, day, slot, chunk)
 ) WITHOUT ROWID;
-CREATE TABLE days (
+CREATE TABLE IF NOT EXISTS days (
     subject INTEGER, day INTEGER, place INTEGER, PRIMARY KEY (subject, day, place)
 ) WITHOUT ROWID;
-CREATE TABLE outbox (
+CREATE TABLE IF NOT EXISTS outbox (
     position INTEGER PRIMARY KEY AUTOINCREMENT, body TEXT NOT NULL,
     leased_until REAL NOT NULL DEFAULT 0, holder TEXT, attempts INTEGER NOT NULL DEFAULT 0,
     dead TEXT
@@ -207,6 +217,8 @@ class SqliteGraph(StoredGraph):
                     " Nothing was written."
                 )
             self._create()
+        elif version == 1:
+            self._migrate()
         elif version != SCHEMA_VERSION:
             raise GraphSchemaError(
                 f"the graph has schema version {version}, this release needs {SCHEMA_VERSION}."
@@ -229,6 +241,8 @@ class SqliteGraph(StoredGraph):
                         ("sequence", 0),
                         ("decision", 0),
                         ("timeline", 0),
+                        ("identifier", 0),
+                        ("forgotten_1", 0),
                         ("salt", secrets.token_bytes(32)),
                     ],
                 )
@@ -237,6 +251,38 @@ class SqliteGraph(StoredGraph):
             connection.execute("COMMIT")
         except BaseException:
             connection.execute("ROLLBACK")
+            raise
+
+    def _migrate(self) -> None:
+        """Bring a file of version 1 to this one, whole or not at all; readers see the old one."""
+        connection = self._connection
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            if self._count("PRAGMA user_version") == 1:  # nobody else has done it meanwhile
+                salt = connection.execute("SELECT value FROM meta WHERE name = 'salt'").fetchone()
+                names = dict(connection.execute("SELECT id, name FROM names"))
+
+                def digest(workspace: int, key: bytes | str) -> bytes:
+                    return _digester(salt[0], names[workspace])(ANONYMOUS, unpack_id(key))
+
+                connection.create_function("digest", 2, digest)
+                connection.execute("ALTER TABLE timelines RENAME TO timelines_1")
+                for statement in _SCHEMA.split(";"):
+                    connection.execute(statement)
+                connection.execute(
+                    "INSERT INTO timelines SELECT digest(workspace, key), workspace, id, claimed,"
+                    " released FROM timelines_1 ORDER BY 1"
+                )
+                connection.execute("DROP TABLE timelines_1")
+                connection.execute(
+                    "INSERT INTO meta SELECT 'identifier', coalesce(max(id), 0) FROM identifiers"
+                    " UNION ALL SELECT 'forgotten_1', count(*) FROM forgotten"
+                )
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
             raise
 
     def _switch_to_wal(self) -> None:
@@ -411,6 +457,8 @@ class _SqliteStore:
         self._meta: dict[str, Any] = {}
         self._dirty: set[str] = set()
         self._workspace_name = workspace
+        self._digest = _digester(self._get("salt"), workspace)
+        self._keys: dict[str, bytes] = {}
         self._workspace = self._name(workspace)
         self._place_names: dict[int, tuple[str, ...]] = {}
         self._place_ids: dict[tuple[str, ...], int] = {}
@@ -470,15 +518,20 @@ class _SqliteStore:
 
     # ---------------------------------------------------------------- timelines
 
+    def _key(self, anonymous_id: str) -> bytes:
+        key = self._keys.get(anonymous_id)
+        if key is None:
+            key = self._keys[anonymous_id] = self._digest(ANONYMOUS, anonymous_id)
+        return key
+
     def timelines(self, anonymous_ids: Collection[str]) -> dict[str, Timeline]:
-        packed = {pack_id(value): value for value in anonymous_ids}
+        values = {self._key(value): value for value in anonymous_ids}
         return {
-            packed[key]: Timeline(handle, bool(claimed), -1 if released is None else released)
+            values[key]: Timeline(handle, bool(claimed), -1 if released is None else released)
             for key, handle, claimed, released in self._select_in(
-                "SELECT key, id, claimed, released FROM timelines"
-                " WHERE workspace = ? AND key IN ({})",
-                (self._workspace,),
-                packed,
+                "SELECT digest, id, claimed, released FROM timelines WHERE digest IN ({})",
+                (),
+                values,
             )
         }
 
@@ -488,7 +541,7 @@ class _SqliteStore:
         self._set("timeline", last + len(made))
         self._connection.executemany(
             "INSERT INTO timelines VALUES (?, ?, ?, 0, NULL)",
-            [(self._workspace, pack_id(value), handle) for value, handle in made.items()],
+            sorted((self._key(value), self._workspace, handle) for value, handle in made.items()),
         )
         return made
 
@@ -539,14 +592,13 @@ class _SqliteStore:
                 if claim.owner is not None
             },
         )
-        keys = [(pack_id(value), timeline) for value, (timeline, _) in claims.items()]
         self._connection.executemany(
             "INSERT OR IGNORE INTO claimed (id, workspace, key) VALUES (?, ?, ?)",
-            [(timeline, self._workspace, key) for key, timeline in keys],
+            [(handle, self._workspace, pack_id(value)) for value, (handle, _) in claims.items()],
         )
         self._connection.executemany(
-            "UPDATE timelines SET claimed = 1 WHERE workspace = ? AND key = ? AND NOT claimed",
-            [(self._workspace, key) for key, _ in keys],
+            "UPDATE timelines SET claimed = 1 WHERE digest = ? AND NOT claimed",
+            [(self._key(value),) for value in claims],
         )
         for timeline, new in claims.values():
             if any(claim.until < END for claim in new):
@@ -612,9 +664,8 @@ class _SqliteStore:
 
     def release(self, anonymous_id: str, until: int) -> None:
         self._connection.execute(
-            "UPDATE timelines SET released = max(?, coalesce(released, -1))"
-            " WHERE workspace = ? AND key = ?",
-            (until, self._workspace, pack_id(anonymous_id)),
+            "UPDATE timelines SET released = max(?, coalesce(released, -1)) WHERE digest = ?",
+            (until, self._key(anonymous_id)),
         )
 
     # ---------------------------------------------------------------- identifiers
@@ -655,13 +706,15 @@ class _SqliteStore:
         }
 
     def add_identifiers(self, seen: Mapping[Identifier, tuple[Seen, str]]) -> dict[Identifier, int]:
-        made: dict[Identifier, int] = {}
-        execute = self._connection.execute
-        for identifier, (sighting, value) in seen.items():
-            cursor = execute(
-                "INSERT INTO identifiers (workspace, type, key, seen_as, only_previous, time,"
-                " message) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        last = self._get("identifier")
+        made = {identifier: last + n for n, identifier in enumerate(seen, start=1)}
+        self._set("identifier", last + len(made))
+        self._connection.executemany(
+            "INSERT INTO identifiers (id, workspace, type, key, seen_as, only_previous, time,"
+            " message) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            [
                 (
+                    made[identifier],
                     self._workspace,
                     self._name(identifier.type),
                     pack_id(identifier.value),
@@ -669,9 +722,10 @@ class _SqliteStore:
                     sighting.only_previous,
                     sighting.time,
                     pack_id(sighting.message_id),
-                ),
-            )
-            made[identifier] = int(cursor.lastrowid or 0)
+                )
+                for identifier, (sighting, value) in seen.items()
+            ],
+        )
         return made
 
     def see(self, seen: Mapping[int, tuple[Seen, str]]) -> None:
@@ -749,17 +803,17 @@ class _SqliteStore:
     def forgotten(self, identifiers: Collection[Identifier]) -> dict[Identifier, int]:
         if self._connection.execute("SELECT 1 FROM forgotten LIMIT 1").fetchone() is None:
             return {}
-        digests = {self._digest(identifier): identifier for identifier in identifiers}
-        return {
-            digests[digest]: until
-            for digest, until in self._select_in(
-                "SELECT digest, until FROM forgotten WHERE digest IN ({})", (), digests
-            )
-        }
-
-    def _digest(self, identifier: Identifier) -> bytes:
-        text = "\x00".join((self._workspace_name, *identifier))
-        return hashlib.blake2b(text.encode(), key=self._get("salt"), digest_size=16).digest()
+        digests = {self._digest(*identifier): identifier for identifier in identifiers}
+        if self._get("forgotten_1"):
+            earlier = earlier_digester(self._get("salt"), self._workspace_name)
+            digests.update({earlier(*identifier): identifier for identifier in identifiers})
+        found: dict[Identifier, int] = {}
+        for digest, until in self._select_in(
+            "SELECT digest, until FROM forgotten WHERE digest IN ({})", (), digests
+        ):
+            identifier = digests[digest]
+            found[identifier] = max(until, found.get(identifier, until))
+        return found
 
     def forget(self, identifiers: Mapping[Identifier, int], until: int) -> None:
         handles = [handle for handle in identifiers.values() if handle]
@@ -782,7 +836,7 @@ class _SqliteStore:
         executemany(
             "INSERT INTO forgotten VALUES (?, ?)"
             " ON CONFLICT DO UPDATE SET until = max(until, excluded.until)",
-            [(self._digest(identifier), until) for identifier in identifiers],
+            [(self._digest(*identifier), until) for identifier in identifiers],
         )
 
     # ---------------------------------------------------------------- references
@@ -1019,6 +1073,9 @@ def _is_gone(holder: str) -> bool:
     except PermissionError:
         return False
     return False
+
+
+_digester = lru_cache(maxsize=256)(digester)
 
 
 @contextmanager
