@@ -19,9 +19,11 @@ journal, except where it says otherwise:
     one document for each event that holds 24 bytes, its message id and time: ``{_id: <24 bytes>}``;
 ``packed``
     the same 24 bytes of each event, one document for a whole batch: the physical limit;
-``whole``
-    events of 2 to 2.3 KB as Jitsu Next keeps them: a clustered collection with zstd and an index
-    on the anonymous id, ``w: 1``. A fifth as many events as elsewhere; it is flat;
+``whole``, ``whole-single``
+    events of 2 to 2.3 KB as Jitsu Next keeps them: a clustered collection with zstd, an index on
+    the anonymous id and one on the time, ``w: 1``, no journal. They insert them one by one over up
+    to 32 connections, as ``whole-single`` does; ``whole`` gives them our batches. A fifth and a
+    twentieth as many events as elsewhere, because their cost is flat;
 ``references``, ``presence``, ``none``
     ours: parse, recognizer, graph, by what is kept of each anonymous event. 80 % of the events are
     anonymous, four visitors in ten log in. Three rates come from one run: of `Recognizer.process`
@@ -29,11 +31,17 @@ journal, except where it says otherwise:
 ``writes-references``, ``writes-presence``
     the graph alone: ``Graph.observe`` with prepared observations, the same events without users.
 
+After a run of ours the outbox is leased and acknowledged, a thousand updates at a time, and then
+visitors whom nobody has claimed identify, each in a call of its own; beside their median is that of
+one small write that the majority acknowledges, after ``floor``.
+
 Bytes on disk are those of all collections and indexes after two checkpoints: the files' sizes
 without the blocks in them that are free for reuse. The outbox is counted apart: what is in it
-leaves. Bytes in memory are what the server's cache holds of the same after the last batch; pages
-that were just written lie there unpacked. The oplog is measured by its size before compression.
-Round trips and operations are counted by the server.
+leaves. *Of rows*: what is kept of the events themselves; all else is of visitors and people. Those
+of ``writes-*`` are per anonymous event, those of ours per event. Bytes in memory are what the
+server's cache holds of the same after the last batch; pages that were just written lie there
+unpacked. The oplog is measured by its size before compression. Round trips and operations are
+counted by the server.
 
 ``visitor`` is one anonymous id with ``--rows`` events that becomes known, in a process of its own.
 ``--long`` measures ten times as many events of ten times as many visitors too, and compares the
@@ -55,7 +63,9 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -88,6 +98,7 @@ Figures = dict[str, Any]
 
 MAJORITY = WriteConcern("majority")
 OUTBOX = "outbox"
+ROWS = "rows_"  # collections of what is kept of the events themselves
 MONTH = 30 * 86_400  # seconds
 PEAK = 10  # times the average
 BUSY = 0.7  # what a worker may be loaded with at the peak
@@ -135,6 +146,10 @@ class Meter:
         self._client: Client = server.client()
         self._client.drop_database(name)
         self.database: Database[dict[str, Any]] = self._client[name]
+        self._before: Figures = {}
+
+    def begin(self) -> None:
+        """What happens counts from now on."""
         self._before = self._counters()
 
     def close(self) -> None:
@@ -156,7 +171,7 @@ class Meter:
         return found
 
     def happened(self, events: int) -> Figures:
-        """Per event (``per_batch``: per batch) since this was made."""
+        """Per event (``per_batch``: per batch) since `begin`."""
         before, after = self._before, self._counters()
         grown = None
         if after["oplog"] is not None and before.get("oldest") == after["oldest"]:
@@ -195,8 +210,10 @@ class Meter:
         """Per event."""
         cached, disk = self.in_cache(), self.on_disk()
         outbox = disk.pop(OUTBOX, 0)
+        rows = sum(size for name, size in disk.items() if name.startswith(ROWS))
         return {
             "disk_bytes_per_event": sum(disk.values()) / events,
+            "disk_bytes_per_event_of_rows": rows / events,
             "disk_bytes_per_event_by_collection": {
                 name: size / events for name, size in sorted(disk.items()) if size >= events / 100
             },
@@ -215,14 +232,24 @@ def _storage(collection: Collection[dict[str, Any]]) -> Figures:
 
 
 def run_inserts(
-    meter: Meter, collection: Collection[Any], batches_of_documents: Iterator[list[Figures]]
+    meter: Meter,
+    collection: Collection[Any],
+    batches_of_documents: Iterator[list[Figures]],
+    *,
+    single: bool = False,
 ) -> Figures:
     """Insert and measure; all documents count as one event each."""
     clock, events = Clock(), 0
+    pool = ThreadPoolExecutor(32)
+    meter.begin()
     for documents in batches_of_documents:
         with clock:
-            collection.insert_many(documents, ordered=False)
+            if single:
+                list(pool.map(collection.insert_one, documents))
+            else:
+                collection.insert_many(documents, ordered=False)
         events += len(documents)
+    pool.shutdown()
     happened = meter.happened(events)
     # So that the checkpoint has all that was acknowledged by less than the majority.
     collection.with_options(write_concern=MAJORITY).insert_one({"_id": ObjectId()})
@@ -237,9 +264,13 @@ def run_floor(meter: Meter, events: int) -> Figures:
             assert len(encode_bson(made[0])) == 24
             yield made
 
-    return run_inserts(
-        meter, meter.database.get_collection("floor", write_concern=MAJORITY), documents()
-    )
+    collection = meter.database.get_collection("floor", write_concern=MAJORITY)
+    figures = run_inserts(meter, collection, documents())
+    times = Clock()
+    for _ in range(200):
+        with times:
+            collection.insert_one({})
+    return {**figures, "one_write_ms": statistics.median(wall for wall, _ in times.laps) * 1e3}
 
 
 def _payload(draw: random.Random, number: int) -> bytes:
@@ -263,6 +294,7 @@ def run_ids(meter: Meter, events: int) -> Figures:
 def run_packed(meter: Meter, events: int) -> Figures:
     draw, clock = random.Random(1), Clock()
     collection = meter.database.get_collection("packed", write_concern=MAJORITY)
+    meter.begin()
     for start in range(0, events, BATCH):
         numbers = range(start, min(start + BATCH, events))
         document = {"_id": start, "d": b"".join(_payload(draw, n) for n in numbers)}
@@ -294,7 +326,7 @@ _WORDS = (
 )  # fmt: skip
 
 
-def whole_event(draw: random.Random, number: int, device: str) -> Figures:
+def whole_event(draw: random.Random, device: str) -> Figures:
     """A page view or a track call as analytics.js sends it and Jitsu enriches it."""
     city, region, region_name, country, country_name, lat, lon, zone, timezone = draw.choice(
         _CITIES
@@ -303,8 +335,8 @@ def whole_event(draw: random.Random, number: int, device: str) -> Figures:
     path = f"/shop/{words[0]}-{words[1]}/{words[2]}-{draw.randrange(10**6)}"
     source = draw.choice(("google", "newsletter", "meta"))
     search = f"?utm_source={source}&gclid={draw.getrandbits(160):x}"
-    at = f"2026-01-{1 + number % 30:02}T{draw.randrange(24):02}:{draw.randrange(60):02}"
-    at += f":{draw.randrange(60):02}.{draw.randrange(1000):03}Z"
+    now = datetime.now(UTC)  # the server drops what is older than the look-back
+    at = now.isoformat(timespec="milliseconds")
     address = ".".join(str(draw.randrange(1, 255)) for _ in range(4))
     return {
         "_id": ObjectId(),
@@ -313,7 +345,7 @@ def whole_event(draw: random.Random, number: int, device: str) -> Figures:
         "type": "track",
         "event": draw.choice(("Product Viewed", "Product Added", "Product List Viewed")),
         "anonymousId": device,
-        "timestamp": at,
+        "timestamp": now,
         "sentAt": at,
         "receivedAt": at,
         "requestIp": address,
@@ -382,29 +414,27 @@ def whole_event(draw: random.Random, number: int, device: str) -> Figures:
     }
 
 
-def run_whole(meter: Meter, events: int, visitors: int) -> Figures:
+def run_whole(meter: Meter, events: int, visitors: int, *, single: bool = False) -> Figures:
     draw = random.Random(2)
     devices = [str(uuid.UUID(int=draw.getrandbits(128), version=4)) for _ in range(visitors)]
-    meter.database.create_collection(
+    collection = meter.database.create_collection(
         "UR_1",
+        write_concern=WriteConcern(w=1, j=False),
         clusteredIndex={"key": {"_id": 1}, "unique": True},
-        expireAfterSeconds=MONTH,
         storageEngine={"wiredTiger": {"configString": "block_compressor=zstd"}},
     )
-    meter.database["UR_1"].create_index("_jitsu_anonymous_id_")
+    collection.create_index("timestamp", expireAfterSeconds=MONTH)
+    collection.create_index("_jitsu_anonymous_id_")
     sizes: list[int] = []
 
     def documents() -> Iterator[list[Figures]]:
         for start in range(0, events, BATCH):
             numbers = range(start, min(start + BATCH, events))
-            made = [whole_event(draw, n, draw.choice(devices)) for n in numbers]
+            made = [whole_event(draw, draw.choice(devices)) for _ in numbers]
             sizes.extend(len(encode_bson(event)) for event in made[:20])
             yield made
 
-    weak = WriteConcern(w=1, j=False)
-    figures = run_inserts(
-        meter, meter.database.get_collection("UR_1", write_concern=weak), documents()
-    )
+    figures = run_inserts(meter, collection, documents(), single=single)
     return {**figures, "bson_bytes": statistics.mean(sizes)}
 
 
@@ -422,7 +452,7 @@ def rules_of(part: str) -> Rules | None:
     return Rules(default=TableRules(references=kept, supersede=Supersede.VERSION))
 
 
-def strangers(lines: Sequence[str], count: int) -> list[tuple[str, int]]:
+def strangers(lines: list[str], count: int) -> list[tuple[str, int]]:
     """Anonymous ids that nobody claims, with the time of their last event in microseconds."""
     last: dict[str, int] = {}
     claimed = set()
@@ -450,11 +480,12 @@ def identify(device: str, user: str, at: int) -> Event:
 
 
 def run_ours(
-    meter: Meter, lines: Sequence[str], rules: Rules, unknown: Sequence[tuple[str, int]]
+    meter: Meter, lines: list[str], rules: Rules, unknown: Sequence[tuple[str, int]]
 ) -> Figures:
     load, parse, process = Clock(), Clock(), Clock()
     graph = open_graph(meter.url)
     recognizer = Recognizer(graph, rules)
+    meter.begin()
     updates = 0
     for batch in batches(lines):
         with load:
@@ -464,13 +495,15 @@ def run_ours(
         with process:
             done = recognizer.process(events)
         updates += done.updates
-    last = process.laps[-max(1, len(process.laps) // 10) :]
+    tenth = max(1, len(process.laps) // 10)
+    last = process.laps[-tenth:]
+    in_last = len(lines) - (len(process.laps) - tenth) * BATCH
     figures = {
         **rates(len(lines), process),
         "from_dict": rates(len(lines), parse, process),
         "from_json": rates(len(lines), load, parse, process),
-        "last_tenth_microseconds": sum(wall for wall, _ in last) / len(last) / BATCH * 1e6,
-        "last_tenth_cpu_microseconds": sum(cpu for _, cpu in last) / len(last) / BATCH * 1e6,
+        "last_tenth_microseconds": sum(wall for wall, _ in last) / in_last * 1e6,
+        "last_tenth_cpu_microseconds": sum(cpu for _, cpu in last) / in_last * 1e6,
         **meter.happened(len(lines)),
         **meter.sizes(len(lines)),
         "updates": updates,
@@ -506,9 +539,10 @@ def drain(graph: Graph) -> Figures:
     }
 
 
-def run_writes(meter: Meter, lines: Sequence[str], rules: Rules) -> Figures:
+def run_writes(meter: Meter, lines: list[str], rules: Rules) -> Figures:
     clock = Clock()
     graph = open_graph(meter.url)
+    meter.begin()
     for batch in batches(lines):
         observations = []
         for line in batch:
@@ -605,11 +639,13 @@ def run_visitor(server: GivenServer, parts: Sequence[str], rows: int) -> Figures
 
 OURS = ("references", "presence", "none")
 WRITES = ("writes-references", "writes-presence")
-PARTS = ("floor", "ids", "packed", "whole", *OURS, *WRITES, "visitor")
+WHOLE = ("whole", "whole-single")
+# What is compared runs next to each other, as far as that goes.
+PARTS = ("floor", *WRITES, "ids", "packed", *WHOLE, *OURS, "visitor")
 
 
 def run_rounds(
-    server: GivenServer, lines: Sequence[str], options: argparse.Namespace, parts: Sequence[str]
+    server: GivenServer, lines: list[str], options: argparse.Namespace, parts: Sequence[str]
 ) -> dict[str, list[Figures]]:
     """The figures of every part, round by round."""
     bare = options.events
@@ -619,6 +655,12 @@ def run_rounds(
         "packed": partial(run_packed, events=bare),
         "whole": partial(
             run_whole, events=max(BATCH, bare // 5), visitors=max(1, options.visitors // 5)
+        ),
+        "whole-single": partial(
+            run_whole,
+            events=max(BATCH, bare // 20),
+            visitors=max(1, options.visitors // 20),
+            single=True,
         ),
     }
     unknown = strangers(lines, options.identifies)
@@ -682,9 +724,18 @@ def compare(rounds: dict[str, list[Figures]]) -> Figures:
         for part in WRITES
         for floor in ("floor", "ids", "packed")
     }
+    for whole in WHOLE:
+        for part in (*OURS, *WRITES):
+            found[f"{part} / {whole}, rate"] = ratio(rounds, part, whole, rate)
     for part in OURS:
-        found[f"{part} / whole, rate"] = ratio(rounds, part, "whole", rate)
         found[f"{part} / whole, disk"] = ratio(rounds, part, "whole", disk)
+    for part in OURS:
+        if rounds.get(part) and rounds.get("floor"):
+            # An identify against one small write that the majority acknowledges.
+            found[f"{part} / floor, identify"] = statistics.median(
+                a["identify_ms"] / b["one_write_ms"]
+                for a, b in zip(rounds[part], rounds["floor"], strict=True)
+            )
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -748,7 +799,7 @@ def plan_capacity(figures: dict[str, Figures]) -> list[Figures]:
 
 # -------------------------------------------------------------------- printing
 
-Table = tuple[str, Sequence[str], list[Sequence[str]]]
+Table = tuple[str, list[str], list[list[str]]]
 
 
 def show(value: float | None, digits: int = 0) -> str:
@@ -763,8 +814,8 @@ def tabulate(report: Figures) -> list[Table]:
             f"{report['events']:,} events of {report['visitors']:,} visitors,"
             f" MongoDB {report['server']}",
             [
-                *("", "events/s", "per CPU second", "B on disk", "B in cache", "B of oplog"),
-                *("operations", "round trips a batch"),
+                *("", "events/s", "per CPU second", "B on disk", "of rows", "B in cache"),
+                *("B of oplog", "operations", "round trips a batch"),
             ],
             [
                 [
@@ -772,6 +823,7 @@ def tabulate(report: Figures) -> list[Table]:
                     show(seen["events_per_second"]),
                     show(seen["events_per_cpu_second"]),
                     show(seen["disk_bytes_per_event"], 1),
+                    show(seen["disk_bytes_per_event_of_rows"] or None, 1),
                     show(seen["cache_bytes_per_event"], 0),
                     show(seen["oplog_bytes_per_event"], 0),
                     show(seen["operations_per_event"], 2),
@@ -935,7 +987,8 @@ def main() -> None:
             say("one visitor")
             kept = [part for part in OURS if rules_of(part) is not None]
             visitor = run_visitor(server, kept, options.rows)
-        lines = make_lines(options.events, options.visitors)
+        needs_lines = {*OURS, *WRITES} & set(options.only)
+        lines = make_lines(options.events, options.visitors) if needs_lines else []
         # As the command line does: what the imports made is never garbage, and is not looked at
         # again.
         gc.collect()
