@@ -42,7 +42,7 @@ workspace, made with the salt of this graph. It is the beginning of every key, a
 ``claimants``    identifier, timeline                which timelines an identifier ever claimed
 ``identifiers``  digest                              first sighting, person, traits; or a tombstone
 ``links``        component, a, b                     with where each was seen, refused ones too
-``rows_00...``   digest, day, place, reference       message references and days, 16 days each
+``rows_00...``   digest, day, place, reference       message references and days, 32 days each
 ``outbox``       sequence                            updates that wait; leases by the server's clock
 ``dead``         sequence                            updates that were given up, with the reason
 ``sweeps``       random                              rule 6, for as long as it is not done
@@ -73,7 +73,6 @@ from typing import Any, NamedTuple, Self, TypeVar
 from bson import Int64
 from pymongo import (
     DeleteOne,
-    InsertOne,
     MongoClient,
     ReadPreference,
     ReplaceOne,
@@ -149,10 +148,10 @@ _Result = TypeVar("_Result")
 
 SCHEMA_VERSION = 1
 
-# Days of one rows collection, and how many of them: what is kept for less than 112 days is dropped
+# Days of one rows collection, and how many of them: what is kept for less than 160 days is dropped
 # by whole collections. What is kept longer shares them, and is dropped by `compact`.
-PERIOD = 16
-SLOTS = 8
+PERIOD = 32
+SLOTS = 6
 
 _ROWS = tuple(f"rows_{slot:02}" for slot in range(SLOTS))
 _CLUSTERED = ("claims", "claimants", *_ROWS)
@@ -301,7 +300,7 @@ class MongoGraph(StoredGraph):
                 lambda: list(self._db["sweeps"].find(chosen, session=session))
             ):
                 windows = {_handle(key): (start, end) for key, start, end in found["windows"]}
-                sweep = _Sweep(found["_id"], windows, {}, set())
+                sweep = _Sweep(found["_id"], windows, (), {}, set())
                 emitted += self._sweep(workspace, rules, sweep, session)
         return emitted
 
@@ -326,7 +325,7 @@ class MongoGraph(StoredGraph):
         self._check_open()
         with self._client.start_session(causal_consistency=True) as session:
             announced = self._patiently(
-                lambda: self._announce(workspace, rules, rows_of, session) if rows_of else {}
+                lambda: self._announce(workspace, rules, rows_of, session) if rows_of else set()
             )
             if light:
                 store = _MongoStore(self, workspace, session, announced)
@@ -352,7 +351,9 @@ class MongoGraph(StoredGraph):
                         ) from exc.__cause__
                 time.sleep(random.uniform(0, min(0.002 * 2 ** min(attempt, 7), 0.25)))
             if store.windows:
-                sweep = _Sweep(store.sweep_id, store.windows, store.rows_seen, store.tables_seen)
+                sweep = _Sweep(
+                    store.sweep_id, store.windows, announced, store.rows_seen, store.tables_seen
+                )
                 try:
                     self._sweep(workspace, rules, sweep, session)
                 except GraphUnavailableError:
@@ -366,7 +367,7 @@ class MongoGraph(StoredGraph):
         self,
         workspace: _Workspace,
         work: Callable[[Store], _Result],
-        announced: Mapping[bytes, set[str]],
+        announced: Collection[bytes],
         session: ClientSession,
     ) -> tuple[_MongoStore, _Result]:
         try:
@@ -422,7 +423,7 @@ class MongoGraph(StoredGraph):
 
         def look() -> tuple[dict[int, tuple[Rows, tuple[int, int]]], set[str]]:
             missed = {}
-            for subject, rows in self._read_rows(devices, workspace, session).items():
+            for subject, rows in self._read_rows(devices, workspace, session, sweep.own).items():
                 late = _beside(rows, sweep.rows_seen.get(subject, _NO_ROWS))
                 if late.references or late.days:
                     missed[subject] = (late, devices[subject])
@@ -491,16 +492,14 @@ class MongoGraph(StoredGraph):
             workspace.rules = found.get("rules", "")
         return workspace.rules or rules
 
-    def _refresh(self, workspace: _Workspace, session: ClientSession | None = None) -> list[int]:
-        """Read what is known of a workspace; gives the days that have rows."""
-        if session is not None and session.in_transaction:
-            session = None
+    def _refresh(self, workspace: _Workspace, session: ClientSession | None = None) -> None:
+        """Read what is known of a workspace."""
         found = self._db["meta"].find_one({"_id": _meta(workspace.name)}, session=session) or {}
-        workspace.tables.update(found.get("tables", ()))
+        workspace.tables = set(found.get("tables", ()))
+        workspace.days = set(found.get("days", ()))
         for place in found.get("places", ()):
             workspace.places[tuple(place["tables"])] = place["n"]
             workspace.place_names[place["n"]] = tuple(place["tables"])
-        return sorted(found.get("days", ()))
 
     def _note(self, workspace: _Workspace, tables: Collection[str], days: Collection[int]) -> None:
         """Remember tables and days that have rows, before the rows are written."""
@@ -514,7 +513,9 @@ class MongoGraph(StoredGraph):
                 upsert=True,
             )
             workspace.noted_tables |= new_tables
+            workspace.tables |= new_tables
             workspace.noted_days |= new_days
+            workspace.days = (workspace.days or set()) | new_days
 
     def _place(self, workspace: _Workspace, tables: tuple[str, ...]) -> int:
         """The number of a combination of tables; one is given where it has none."""
@@ -551,24 +552,20 @@ class MongoGraph(StoredGraph):
         rules: Rules,
         observations: Sequence[Observation],
         session: ClientSession,
-    ) -> dict[bytes, set[str]]:
-        """Rule 1. Gives the messages of each subject that were not known before."""
+    ) -> set[bytes]:
+        """Rule 1. Gives the keys of the documents that were not there before."""
         places = {o.tables for o in observations}
         # A place is a part of the document that the rules make.
         self._decided_with(workspace, rules.fingerprint, reads_only=False)
         self._note(workspace, {table for tables in places for table in tables}, ())
         ids, days = decisions.device_rows(rules, observations)
-        subjects: dict[str, bytes] = {}
-        for value, _ in (*ids, *days):
-            if value not in subjects:
-                subjects[value] = workspace.digest(ANONYMOUS, value)
+        name = workspace.device
         fresh = self._write_references(
-            workspace, [(subjects[v], o.tables, o.message_id, o.time) for v, o in ids], session
+            workspace, [(name(value), o.tables, o.message_id, o.time) for value, o in ids], session
         )
         if days:
-            self._write_days(
-                workspace, {(subjects[v], o.tables, o.time // DAY) for v, o in days}, session
-            )
+            marks = {(name(value), o.tables, o.time // DAY) for value, o in days}
+            fresh |= self._write_days(workspace, marks, session)
         return fresh
 
     def _write_references(
@@ -576,89 +573,70 @@ class MongoGraph(StoredGraph):
         workspace: _Workspace,
         references: Iterable[tuple[bytes, tuple[str, ...], str, int]],
         session: ClientSession,
-    ) -> dict[bytes, set[str]]:
-        """Insert what is not there; gives the messages of each subject that were not."""
-        chunks: dict[bytes, dict[bytes, tuple[str, bytes]]] = {}
-        slots: dict[tuple[tuple[str, ...], int], bytes] = {}
-        days: set[int] = set()
-        fresh: dict[bytes, set[str]] = {}
+    ) -> set[bytes]:
+        """Insert what is not there; gives the keys of the documents that were not."""
+        # By the beginning of the key, the reference, or several by what ends a key.
+        chunks: dict[bytes, bytes | dict[bytes, bytes]] = {}
+        places: dict[tuple[tuple[str, ...], int, int], bytes] = {}
         for subject, tables, message_id, at in references:
             day, kind, packed = pack(message_id, at)
-            slot = slots.get((tables, kind))
-            if slot is None:
-                place = self._place(workspace, tables)
-                slot = slots[tables, kind] = (place * 4 + kind).to_bytes(3)
-            days.add(day)
-            prefix = subject + day.to_bytes(3) + slot
-            rest = packed if kind == UUID_MS else _short(packed, kind)
-            chunk = chunks.get(prefix)
-            if chunk is None:
-                chunks[prefix] = {rest: (message_id, packed)}
+            place = places.get((tables, kind, day))
+            if place is None:
+                slot = self._place(workspace, tables) * 4 + kind
+                place = places[tables, kind, day] = day.to_bytes(3) + slot.to_bytes(3)
+            prefix = subject + place
+            held = chunks.get(prefix)
+            if kind == UUID_MS:
+                if held is None:
+                    chunks[prefix] = packed
+                elif isinstance(held, bytes):
+                    chunks[prefix] = {held: held, packed: packed}
+                else:
+                    held[packed] = packed
+            elif isinstance(held, dict):
+                held[_short(packed, kind)] = packed
             else:
-                chunk[rest] = (message_id, packed)
-            if subject in fresh:
-                fresh[subject].add(message_id)
-            else:
-                fresh[subject] = {message_id}
+                chunks[prefix] = {_short(packed, kind): packed}
         if not chunks:
-            return fresh
-        self._note(workspace, (), days)
-        known = self._insert_chunks(chunks, session)
-        for prefix, rest in known:
-            fresh[prefix[:DIGEST]].discard(chunks[prefix][rest][0])
-        return fresh
-
-    def _insert_chunks(
-        self,
-        chunks: Mapping[bytes, Mapping[bytes, tuple[str, bytes]]],
-        session: ClientSession,
-    ) -> set[tuple[bytes, bytes]]:
-        """Gives the prefix and the rest of the key of references that were there already."""
+            return set()
+        self._note(workspace, (), {day for _, _, day in places})
         by_slot: dict[str, list[_Document]] = {}
+        names = {place: _rows_of(bytes(DIGEST) + place) for place in places.values()}
         for prefix, chunk in chunks.items():
-            documents = by_slot.setdefault(_rows_of(prefix), [])
-            if len(chunk) == 1 and prefix[-1] & 3 == UUID_MS:
-                documents.append({"_id": prefix + next(iter(chunk))})
+            documents = by_slot.setdefault(names[prefix[DIGEST:]], [])
+            if isinstance(chunk, bytes):
+                documents.append({"_id": prefix + chunk})
                 continue
             ordered = sorted(chunk)
             for start in range(0, len(ordered), _CHUNK):
                 documents.append(_chunk(prefix, ordered[start : start + _CHUNK], chunk))
-        known: set[tuple[bytes, bytes]] = set()
+        fresh: set[bytes] = set()
         for name, documents in by_slot.items():
+            fresh.update(d["_id"] for d in documents)
             taken = self._insert(name, documents, session)
-            if not taken:
-                continue
-            known.update((key[:-_REST], key[-_REST:]) for key in taken)
-            longer = [key for key in taken if len(chunks[key[:-_REST]]) > 1]
-            if longer:
-                known |= self._insert_rest(name, longer, chunks, session)
-        return known
+            if taken:
+                fresh.difference_update(taken)
+                fresh.update(self._insert_rest(name, taken, chunks, session))
+        return fresh
 
     def _insert_rest(
         self,
         name: str,
         taken: Sequence[bytes],
-        chunks: Mapping[bytes, Mapping[bytes, tuple[str, bytes]]],
+        chunks: Mapping[bytes, bytes | dict[bytes, bytes]],
         session: ClientSession,
-    ) -> set[tuple[bytes, bytes]]:
-        """A chunk was there under the same first reference: insert what it does not hold."""
-        known: set[tuple[bytes, bytes]] = set()
+    ) -> list[bytes]:
+        """Documents with the same first references were there: insert what those do not hold."""
+        ranges = [(name, key, key) for key in taken if not isinstance(chunks[key[:-_REST]], bytes)]
         singles: list[_Document] = []
-        ranges = [(name, key, key) for key in taken]
-        held = {d["_id"]: d for d in self._union(ranges, session)}
-        for key in taken:
-            prefix = key[:-_REST]
-            kind = prefix[-1] & 3
-            there = {rest for rest, _ in _references_in(held[key], kind)}
+        for held in self._union(ranges, session):
+            prefix = held["_id"][:-_REST]
+            there = {rest for rest, _ in _references_in(held, prefix[-1] & 3)}
             chunk = chunks[prefix]
-            for rest in chunk:
-                if rest in there:
-                    known.add((prefix, rest))
-                elif rest > key[-_REST:]:
-                    singles.append(_chunk(prefix, [rest], chunk))
-        again = self._insert(name, singles, session)
-        known.update((key[:-_REST], key[-_REST:]) for key in again)
-        return known
+            assert isinstance(chunk, dict)
+            singles.extend(_chunk(prefix, [rest], chunk) for rest in chunk if rest not in there)
+        again = set(self._insert(name, singles, session))
+        return [d["_id"] for d in singles if d["_id"] not in again]
 
     def _insert(
         self, name: str, documents: Sequence[_Document], session: ClientSession
@@ -691,7 +669,8 @@ class MongoGraph(StoredGraph):
         workspace: _Workspace,
         days: Collection[tuple[bytes, tuple[str, ...], int]],
         session: ClientSession,
-    ) -> None:
+    ) -> set[bytes]:
+        fresh: set[bytes] = set()
         keys: dict[str, list[bytes]] = {}
         for subject, tables, day in days:
             slot = (self._place(workspace, tables) * 4 + _DAY_KIND).to_bytes(3)
@@ -700,16 +679,24 @@ class MongoGraph(StoredGraph):
                 keys.setdefault(_rows_of(key[:-_REST]), []).append(key)
         self._note(workspace, (), {day for _, _, day in days})
         for name, new in keys.items():
-            self._insert(name, [{"_id": key} for key in new], session)
+            fresh.update(new)
+            fresh.difference_update(self._insert(name, [{"_id": key} for key in new], session))
             self._known_days.add(new)
+        return fresh
 
     def _read_rows(
         self,
         windows: Mapping[int, tuple[int, int]],
         workspace: _Workspace,
         session: ClientSession,
+        own: Collection[bytes],
     ) -> dict[int, Rows]:
-        days = self._refresh(workspace, session)
+        """What is known of rows, but for what the documents of these keys say."""
+        # What another worker noted in the meantime is not missed in a decision: rule 6 reads again.
+        if workspace.days is None or not session.in_transaction:
+            self._refresh(workspace, None if session.in_transaction else session)
+        kept = workspace.days or set()
+        days = sorted(kept)
         ranges: list[tuple[str, bytes, bytes]] = []
         for handle, (start, end) in windows.items():
             subject = abs(handle).to_bytes(DIGEST)
@@ -728,10 +715,11 @@ class MongoGraph(StoredGraph):
                     )
                 )
         signs = {abs(handle).to_bytes(DIGEST): handle for handle in windows}
-        kept = set(days)
         found: dict[int, tuple[dict[Any, dict[str, int]], dict[Any, set[int]]]] = {}
         for document in self._union(ranges, session):
             key = document["_id"]
+            if key in own:
+                continue
             day, slot = _day(key), _slot(key)
             place = workspace.place_names.get(slot // 4)
             if day not in kept or place is None:
@@ -935,6 +923,7 @@ class MongoGraph(StoredGraph):
         old, kept = self._patiently(forget_days)
         for workspace in self._workspaces.values():
             workspace.noted_days -= old
+            workspace.days = None
         if old:
             for slot in set(range(SLOTS)) - {day // PERIOD % SLOTS for day in kept}:
                 self._patiently(lambda name=_ROWS[slot]: self._empty(name))  # type: ignore[misc]
@@ -959,6 +948,18 @@ class _Workspace:
     tables: set[str] = field(default_factory=set)
     noted_tables: set[str] = field(default_factory=set)
     noted_days: set[int] = field(default_factory=set)
+    days: set[int] | None = None
+    devices: dict[str, bytes] = field(default_factory=dict)
+
+    def device(self, anonymous_id: str) -> bytes:
+        """The digest of an anonymous id; those that were asked for last are kept."""
+        found = self.devices.get(anonymous_id)
+        if found is None:
+            if len(self.devices) > 50_000:
+                self.devices = {}
+            found = self.devices[anonymous_id] = self.digest(ANONYMOUS, anonymous_id)
+        return found
+
     places: dict[tuple[str, ...], int] = field(default_factory=dict)
     place_names: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
@@ -984,6 +985,7 @@ class _Sweep(NamedTuple):
 
     id: bytes
     windows: Mapping[int, tuple[int, int]]
+    own: Collection[bytes]
     rows_seen: Mapping[int, Rows]
     tables_seen: set[str]
 
@@ -1008,7 +1010,7 @@ class _MongoStore:
         graph: MongoGraph,
         workspace: _Workspace,
         session: ClientSession,
-        announced: Mapping[bytes, set[str]],
+        announced: Collection[bytes],
         *,
         reads_only: bool = False,
     ) -> None:
@@ -1033,6 +1035,7 @@ class _MongoStore:
         self._changed_identifiers: set[bytes] = set()
         self._locked: set[bytes] = set()
         self._claim_writes: list[Any] = []
+        self._new_claims: list[_Document] = []
         self._claimant_writes: dict[bytes, bool] = {}
         self._link_writes: dict[bytes, Any] = {}
         self._components: set[int] = set()
@@ -1049,6 +1052,7 @@ class _MongoStore:
             self._changed_timelines
             or self._changed_identifiers
             or self._claim_writes
+            or self._new_claims
             or self._claimant_writes
             or self._link_writes
             or self._components
@@ -1061,8 +1065,10 @@ class _MongoStore:
         """Write everything, in the transaction."""
         session, db = self._session, self._db
         version = self._final_version()
-        timelines = _writes(self._timelines, self._changed_timelines, version)
-        identifiers = _writes(self._identifiers, self._changed_identifiers, version)
+        timelines, new_timelines = _writes(self._timelines, self._changed_timelines, version)
+        identifiers, new_identifiers = _writes(
+            self._identifiers, self._changed_identifiers, version
+        )
         locked = self._locked - self._changed_timelines - self._changed_identifiers
         for writes, known in ((timelines, False), (identifiers, True)):
             held = [key for key in locked if bool(key[-1] & 1) == known]
@@ -1075,6 +1081,7 @@ class _MongoStore:
                 UpdateOne({"_id": key, "c": _key(component)}, {"$set": {"v": version}}, upsert=True)
             )
         claimants: list[Any] = []
+        new_claimants: list[_Document] = []
         for pair, there in self._claimant_writes.items():
             if not there:
                 claimants.append(DeleteOne({"_id": pair}))
@@ -1082,21 +1089,21 @@ class _MongoStore:
                 made = {"$setOnInsert": {"_id": pair}}
                 claimants.append(UpdateOne({"_id": pair}, made, upsert=True))
             else:
-                claimants.append(InsertOne({"_id": pair}))
-        for name, writes in (
-            ("timelines", timelines),
-            ("identifiers", identifiers),
-            ("links", links),
-            ("claims", self._claim_writes),
-            ("claimants", claimants),
+                new_claimants.append({"_id": pair})
+        for name, writes, added in (
+            ("timelines", timelines, new_timelines),
+            ("identifiers", identifiers, new_identifiers),
+            ("links", links, []),
+            ("claims", self._claim_writes, self._new_claims),
+            ("claimants", claimants, new_claimants),
         ):
             if writes:
                 db[name].bulk_write(writes, ordered=False, session=session)
+            if added:
+                db[name].insert_many(added, ordered=False, session=session)
         for subject in self._gone_subjects:
             low, high = subject + bytes(6 + _REST), subject + b"\xff" * (6 + _REST)
-            for name in sorted(
-                {_ROWS[day // PERIOD % SLOTS] for day in self._graph._refresh(self._workspace)}
-            ):
+            for name in sorted({_ROWS[day // PERIOD % SLOTS] for day in self._days()}):
                 db[name].delete_many({"_id": {"$gte": low, "$lte": high}}, session=session)
         if self._references:
             self._graph._write_references(self._workspace, self._references, session)
@@ -1139,8 +1146,8 @@ class _MongoStore:
                 self._timelines[document["_id"]] = document
 
     def timelines(self, anonymous_ids: Collection[str]) -> dict[str, Timeline]:
-        digest = self._workspace.digest
-        keys = {value: digest(ANONYMOUS, value) for value in anonymous_ids}
+        device = self._workspace.device
+        keys = {value: device(value) for value in anonymous_ids}
         self._load_timelines(keys.values())
         found = {}
         for value, key in keys.items():
@@ -1291,7 +1298,7 @@ class _MongoStore:
             barred = document.get("barred", ())
             owners = self._owners.setdefault(key, set())
             for claim in new:
-                self._claim_writes.append(InsertOne(_claim_document(key, claim)))
+                self._new_claims.append(_claim_document(key, claim))
                 if not isinstance(claim.owner, int):
                     continue
                 owner = _key(claim.owner)
@@ -1309,6 +1316,16 @@ class _MongoStore:
         """Keep what a timeline's document says of its claims."""
         if not new:
             return
+        if len(new) == 1 and document["n"]:
+            (claim,) = new
+            if claim.time > _last(document)[0][0]:  # the usual case
+                document["n"] += 1
+                document["last"] = [_listed(claim)]
+                if claim.soft:
+                    document["soft"] = True
+                if claim.until < END:
+                    document["ended"] = True
+                return
         first = {_claim(c) for c in document["first"]}
         last = {_claim(c) for c in _last(document)}
         start = min(c.time for c in (*first, *new))
@@ -1362,10 +1379,8 @@ class _MongoStore:
                 unread[key] = windows[handle]
         pending: dict[bytes, list[Claim]] = {}
         if unread:
-            for write in self._claim_writes:
-                if isinstance(write, InsertOne):
-                    made: _Document = write._doc
-                    pending.setdefault(made["_id"][:DIGEST], []).append(_claim_of(made))
+            for made in self._new_claims:
+                pending.setdefault(made["_id"][:DIGEST], []).append(_claim_of(made))
             ranges = [("claims", *_claim_range(key, *window)) for key, window in unread.items()]
             for key in unread:
                 found[keys[key]] = list(pending.get(key, ()))
@@ -1587,7 +1602,8 @@ class _MongoStore:
     # ---------------------------------------------------------------- rows
 
     def rows(self, windows: Mapping[int, tuple[int, int]]) -> dict[int, Rows]:
-        found = self._graph._read_rows(windows, self._workspace, self._session)
+        # The rows of this batch are not there yet: they come as they are stamped.
+        found = self._graph._read_rows(windows, self._workspace, self._session, self._announced)
         if self._tables is None:
             self._tables = set(self._workspace.tables)
         self.tables_seen |= self._tables
@@ -1596,10 +1612,6 @@ class _MongoStore:
             self.windows[subject] = (min(low, start), max(high, end))
         for subject, rows in found.items():
             self.rows_seen[subject] = _joined(self.rows_seen.get(subject, _NO_ROWS), rows)
-            # The rows of this batch are not there yet: they come as they are stamped.
-            own = self._announced.get(_key(subject)) if subject > 0 else None
-            if own:
-                found[subject] = _without(rows, own)
         return found
 
     def add_references(self, references: Iterable[Reference]) -> None:
@@ -1614,8 +1626,8 @@ class _MongoStore:
 
     def find(self, message_id: str) -> list[Sighting]:
         found: list[Sighting] = []
-        graph, workspace = self._graph, self._workspace
-        kept = set(graph._refresh(workspace, self._session))
+        workspace = self._workspace
+        kept = self._days()
         for name in _ROWS:
             for document in self._db[name].find({}, session=self._session, batch_size=20_000):
                 key = document["_id"]
@@ -1643,9 +1655,14 @@ class _MongoStore:
 
     def tables(self) -> set[str]:
         if self._tables is None:
-            self._graph._refresh(self._workspace, self._session)
+            self._days()
             self._tables = set(self._workspace.tables)
         return self._tables
+
+    def _days(self) -> set[int]:
+        session = None if self._session.in_transaction else self._session
+        self._graph._refresh(self._workspace, session)
+        return self._workspace.days or set()
 
     def note_tables(self, tables: Iterable[str]) -> None:
         if not self._reads_only:
@@ -1701,15 +1718,19 @@ _NO_ROWS = Rows({}, {})
 
 def _writes(
     documents: Mapping[bytes, _Document | None], changed: Collection[bytes], version: int
-) -> list[Any]:
-    """What makes or replaces changed documents. One without a version must not be there yet."""
+) -> tuple[list[Any], list[_Document]]:
+    """What replaces changed documents; and those that must not be there yet, to be inserted."""
     writes: list[Any] = []
+    new: list[_Document] = []
     for key in changed:
         document = documents[key]
         assert document is not None
         made = {**document, "v": version}
-        writes.append(ReplaceOne({"_id": key}, made) if "v" in document else InsertOne(made))
-    return writes
+        if "v" in document:
+            writes.append(ReplaceOne({"_id": key}, made))
+        else:
+            new.append(made)
+    return writes, new
 
 
 # -------------------------------------------------------------------- keys and documents
@@ -1754,14 +1775,12 @@ def _short(packed: bytes, kind: int) -> bytes:
     return moment + hashlib.blake2b(packed, digest_size=16).digest()
 
 
-def _chunk(
-    prefix: bytes, rests: Sequence[bytes], chunk: Mapping[bytes, tuple[str, bytes]]
-) -> _Document:
+def _chunk(prefix: bytes, rests: Sequence[bytes], chunk: Mapping[bytes, bytes]) -> _Document:
     """References of one subject, day and place: the first is in the key, if it fits there."""
     document: _Document = {"_id": prefix + rests[0]}
     inside = rests[1:] if prefix[-1] & 3 == UUID_MS else rests
     if inside:
-        document["r"] = b"".join(chunk[rest][1] for rest in inside)
+        document["r"] = b"".join([chunk[rest] for rest in inside])
     return document
 
 
@@ -1788,16 +1807,6 @@ def _joined(a: Rows, b: Rows) -> Rows:
     return Rows(
         {t: {**a.references.get(t, {}), **b.references.get(t, {})} for t in {**a[0], **b[0]}},
         {t: {*a.days.get(t, ()), *b.days.get(t, ())} for t in {**a[1], **b[1]}},
-    )
-
-
-def _without(rows: Rows, messages: Collection[str]) -> Rows:
-    return rows._replace(
-        references={
-            tables: left
-            for tables, refs in rows.references.items()
-            if (left := {m: at for m, at in refs.items() if m not in messages})
-        }
     )
 
 
