@@ -116,10 +116,10 @@ class Oracle:
             until = None
             if who is None:
                 until = self.forgotten[self.named(event)[0]]
-            elif frozenset((("anonymous_id", device), who)) in self.unlinked:
-                continue
             elif event.time <= self.released.get(device, -1):
                 who, until = None, self.released[device]
+            elif frozenset((("anonymous_id", device), who)) in self.unlinked:
+                continue
             found.append((event.time, event.message_id, who, until))
         return sorted(found, key=lambda claim: claim[:2])
 

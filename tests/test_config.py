@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from traceback import format_exception
 
 import pytest
+from pydantic import ValidationError
 
 from recognition.attribution import DAY, Policy
 from recognition.config import (
@@ -320,6 +322,96 @@ def test_settings_print_without_urls() -> None:
     settings = Settings(graph="x://ann:hunter2@h/g", sink="x://ann:hunter2@h/s")
 
     assert "hunter2" not in repr(settings)
+
+
+KEY = "an example key of 28 letters"
+
+
+def test_the_hash_key_comes_from_the_environment() -> None:
+    """What is hashed reaches the rules, with the key as bytes; nothing that prints shows it."""
+    settings = load_settings(
+        {}, {"RECOGNITION_HASHED": "email, phone", "RECOGNITION_HASH_KEY": KEY}
+    )
+    identity = build_rules(settings, stamps=True).identity
+
+    assert identity.hashed == {"email", "phone"}
+    assert identity.hash_key == KEY.encode()
+    for shown in (repr(settings), str(settings.model_dump()), settings.model_dump_json()):
+        assert KEY not in shown
+
+
+def test_a_hash_key_of_any_bytes_is_taken() -> None:
+    """A variable may hold bytes that are no text; they are the key as they are."""
+    raw = bytes(range(0xE0, 0x100))
+    environ = {"RECOGNITION_HASH_KEY": raw.decode("utf-8", "surrogateescape")}
+
+    assert build_rules(load_settings({}, environ), stamps=True).identity.hash_key == raw
+
+
+@pytest.mark.parametrize(
+    ("environ", "told"),
+    [
+        ({"HASH_KEY": KEY[:15]}, "RECOGNITION_HASH_KEY: hash_key: a key has at least 16"),
+        ({"HASH_KEY": ""}, "RECOGNITION_HASH_KEY: hash_key: a key has at least 16"),
+        ({"HASH_KEY": f'["{KEY}"]'}, "RECOGNITION_HASH_KEY: hash_key: Input should be a valid"),
+        ({"HASH_KEY": KEY, "LOOKBACK_DAYS": "-1"}, "RECOGNITION_LOOKBACK_DAYS"),
+        ({"HASH_KEY": KEY, "RETENTION_DAYS": "1"}, "at least lookback_days"),
+        ({"HASHED": "email"}, "there is no hash_key"),
+        ({"HASHED": "user_id", "HASH_KEY": KEY}, "user_id cannot be hashed"),
+        ({"HASHED": "anonymous_id", "HASH_KEY": KEY}, "anonymous_id cannot be hashed"),
+        ({"HASHED": "e-mail", "HASH_KEY": KEY}, "not known: ['e-mail']"),
+        ({"HASHED": "email", "HASH_KEY": KEY, "TRAITS": "email"}, "traits names email"),
+    ],
+)
+def test_a_wrong_hash_setting_is_told_without_the_key(environ: dict[str, str], told: str) -> None:
+    """Each says what is needed, and no error shows a part of the key."""
+    with pytest.raises(ConfigurationError) as caught:
+        build_rules(
+            load_settings({}, {f"RECOGNITION_{key}": value for key, value in environ.items()}),
+            stamps=True,
+        )
+
+    assert told in str(caught.value)
+    assert KEY[:15] not in "".join(format_exception(caught.value))
+
+
+def test_a_file_that_is_not_toml_keeps_its_key(tmp_path: Path) -> None:
+    """A key without quotes is a mistake that is told without it; so is one of another type."""
+    for text in (f"hash_key = {KEY}", f'hash_key = "{KEY}', f'hash_key = {{ a = "{KEY}" }}'):
+        (tmp_path / "recognition.toml").write_text(text)
+
+        with pytest.raises(ConfigurationError) as caught:
+            load_settings({}, {})
+        assert KEY[:15] not in "".join(format_exception(caught.value))
+
+
+def test_a_settings_object_refuses_without_its_input() -> None:
+    """Whoever makes settings in Python is not shown the key either."""
+    with pytest.raises(ValidationError) as caught:
+        Settings.model_validate({"hash_key": KEY, "retention_days": 1, "lookback_days": 7})
+
+    assert KEY[:15] not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("identifier", "format", "trait"),
+    [
+        ({"type": "email", "paths": ["traits.mail"]}, "segment", "mail"),
+        ({"type": "email", "paths": ["traits.mail"]}, None, "mail"),
+        ({"type": "email", "paths": ["context_traits_mail"]}, "flat", "mail"),
+        ({"type": "email", "paths": ["/user/mail"]}, "jitsu-classic", "mail"),
+        ({"type": "email", "paths": ["who.mail"]}, {"base": "segment", "traits": "who"}, "mail"),
+    ],
+)
+def test_a_trait_in_which_a_hashed_type_is_found_is_refused(
+    identifier: dict[str, object], format: object, trait: str
+) -> None:
+    """A trait of any name leaves in plain, so none may be where a hashed type is looked for."""
+    given = {"format": format, "identifiers": [identifier], "hashed": "email", "hash_key": KEY}
+
+    with pytest.raises(ConfigurationError, match=f"traits names {trait}, in which email is found"):
+        build_rules(Settings.model_validate({**given, "traits": ["plan", trait]}), stamps=True)
+    assert build_rules(Settings.model_validate({**given, "traits": ["plan"]}), stamps=True)
 
 
 def test_references_are_kept_for_as_long_as_a_claim_reaches_back() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,9 +19,9 @@ from recognition.events import Identifier
 from recognition.graph import Delivery, Explanation, Graph, GraphStats, Observation, Outcome
 from recognition.graph.decisions import Receipt
 from recognition.graph.memory import MemoryGraph
-from recognition.graph.store import Rows, Store, StoredLink, Timeline, Trait
+from recognition.graph.store import Day, Rows, Store, StoredLink, Timeline, Trait
 from recognition.messages import Messages, UpdateByCriteria
-from recognition.rules import Rules, TableRules
+from recognition.rules import References, Rules, TableRules
 from recognition.testing import GraphTests, graphs
 
 Reopen = Callable[[], Graph]
@@ -143,6 +143,12 @@ def references_before_midnight_lost(
     }
 
 
+def today_only(store: Store, days: Iterable[Day]) -> None:
+    """Each day takes the place of the one before it."""
+    latest = {(subject, tables): day for subject, tables, day in days}
+    store.add_days([Day(*key, day) for key, day in latest.items() if day >= graphs.START // DAY])
+
+
 def ten_thousand_references(
     store: Store, windows: Mapping[int, tuple[int, int]]
 ) -> dict[int, Rows]:
@@ -257,6 +263,19 @@ class ExplainsNothing(MemoryGraph):
 class ExpiresTooMuch(MemoryGraph):
     def expire(self, before: int) -> int:
         return super().expire(before + 10 * DAY)
+
+
+class ExpiresReferencesOnly(MemoryGraph):
+    def expire(self, before: int) -> int:
+        kept = [
+            (by_day, {tables: set(days) for tables, days in by_day.items()})
+            for store in self._stores.values()
+            for _, by_day in store.rows_by_subject.values()
+        ]
+        dropped = super().expire(before)
+        for by_day, days in kept:
+            by_day.update(days)
+        return dropped
 
 
 class LeasesHideNothing(MemoryGraph):
@@ -390,6 +409,10 @@ def with_references(rules: Rules) -> Rules:
     return replace(rules, default=TableRules())
 
 
+def without_references(rules: Rules) -> Rules:
+    return replace(rules, default=TableRules(references=References.NONE))
+
+
 def below(**instead: Callable[..., Any]) -> Callable[[], tuple[Graph, Reopen]]:
     return lambda: alone(BrokenBelow(**instead))
 
@@ -435,6 +458,9 @@ DEFECTS: dict[str, Callable[[], tuple[Graph, Reopen]]] = {
     "test_without_references_nothing_is_kept_of_an_event": whole(
         lambda: OtherRules(with_references)
     ),
+    "test_with_days_nothing_else_is_kept_of_an_event": below(add_days=today_only),
+    "test_with_days_only_rows_cause_updates": whole(lambda: OtherRules(without_references)),
+    "test_expire_drops_days": whole(ExpiresReferencesOnly),
     "test_every_table_of_an_event_is_updated": whole(lambda: SeesOtherwise(first_table)),
     "test_ids_of_all_shapes": whole(lambda: SeesOtherwise(in_lower_case)),
     "test_times_are_kept_to_the_microsecond": whole(lambda: SeesOtherwise(in_milliseconds)),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from oracle import make_event
+from recognition.events import Identifier
 from recognition.graph import Graph, open_graph
 from recognition.recognizer import Recognizer
 from recognition.rules import Rules
@@ -72,3 +73,21 @@ def test_message_may_come_again_with_a_trait_of_another_type(url: str) -> None:
             )
 
         assert done.owners[0] is not None
+
+
+@pytest.mark.parametrize("url", ["memory:", "sqlite:///:memory:"])
+def test_everybody_of_a_conflict_can_be_forgotten(url: str) -> None:
+    """Who was left without a link, because the other side was forgotten, is forgotten as well."""
+    with closing(open_graph(url)) as graph:
+        recognizer = Recognizer(graph)
+        recognizer.process(
+            [
+                make_event("a", 1, "d1", user_id="u1", email="a@example.com"),
+                make_event("b", 2, "d2", user_id="u2", email="a@example.com"),
+            ]
+        )
+        for user in ("u1", "u2"):
+            recognizer.forget(Identifier("user_id", user))
+
+        assert graph.stats().identifiers == 0
+        assert not recognizer.explain(Identifier("user_id", "u2")).found

@@ -23,6 +23,8 @@ from recognition.identity import (
 )
 
 RULES = IdentityRules()
+KEY = b"an example key of 28 letters"
+HASHING = IdentityRules(hashed=frozenset({"email", "phone"}), hash_key=KEY)
 FAST = settings(max_examples=200, deadline=None, derandomize=True)
 
 
@@ -176,12 +178,69 @@ def test_lowered_types_are_a_setting() -> None:
         ({"known": ("user_id", "anonymous_id"), "lowered": frozenset()}, "anonymous_id"),
         ({"known": ("user_id",)}, "email"),
         ({"unique": frozenset({"loyalty"})}, "loyalty"),
+        ({"hashed": frozenset({"loyalty"}), "hash_key": KEY}, "loyalty"),
+        ({"hashed": frozenset({"user_id"}), "hash_key": KEY}, "user_id cannot be hashed: rows"),
+        ({"hashed": frozenset({"anonymous_id"}), "hash_key": KEY}, "anonymous_id cannot be hashed"),
+        ({"hashed": frozenset({"email"})}, "hashed names email, and there is no hash_key"),
+        ({"hashed": frozenset({"email"}), "hash_key": b""}, "hash_key is bytes, at least 16"),
+        ({"hashed": frozenset({"email"}), "hash_key": KEY[:15]}, "hash_key is bytes, at least 16"),
+        ({"hashed": frozenset({"email"}), "hash_key": KEY.decode()}, "hash_key is bytes"),
     ],
 )
 def test_contradicting_rules_are_refused(options: dict[str, object], complaint: str) -> None:
-    """Types that are unique or lowered must be known, and a device is no person."""
-    with pytest.raises(ValueError, match=complaint):
+    """Types that are unique, lowered or hashed must be known; a device is no person; keys hide."""
+    with pytest.raises(ValueError, match=complaint) as caught:
         IdentityRules(**options)  # type: ignore[arg-type]
+
+    assert KEY.decode()[:15] not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["ann.lee@example.com", "  Ann.Lee@Example.COM\t"])
+def test_a_hash_is_what_another_tool_computes(value: str) -> None:
+    """The form is fixed: graphs and rows hold it. The digits are those of OpenSSL."""
+    # printf 'email\0ann.lee@example.com' | openssl dgst -sha256 -hmac "$KEY"
+    digits = "3cde7f743747ade5a36df2e0f8746c3e2085b1fec5dd3c6ee4693064c2f9a4e7"
+
+    assert normalise(email(value), HASHING) == email(f"hmac:{digits}")
+
+
+def test_equal_values_of_two_types_have_two_hashes() -> None:
+    """Nobody learns from two hashes that an e-mail address is also a phone number."""
+    both = {normalise(of("1234567"), HASHING).value for of in (email, phone)}
+
+    assert len(both) == 2
+
+
+@pytest.mark.parametrize("identifier", [user("U1 "), Identifier("anonymous_id", "d1 ")])
+def test_types_that_are_not_named_stay_plain(identifier: Identifier) -> None:
+    """Only the named types are hashed."""
+    assert normalise(identifier, HASHING).value == identifier.value.strip()
+
+
+def test_a_value_that_is_no_text_has_a_hash() -> None:
+    """Broken bytes of a command line are hashed like any value; nothing is told about them."""
+    assert normalise(email("\udcff"), HASHING) != normalise(email("\udcfe"), HASHING)
+
+
+def test_by_hash_a_hash_stands_for_itself() -> None:
+    """It is looked up as it is; what only resembles one is hashed, and so is all of an event."""
+    hashed = normalise(email("a@example.com"), HASHING)
+    bare = email(hashed.value.removeprefix("hmac:"))
+
+    assert normalise(hashed, HASHING, by_hash=True) == hashed
+    assert normalise(bare, HASHING, by_hash=True) not in (bare, hashed)
+    assert normalise(hashed, HASHING) != hashed
+
+
+def test_a_fingerprint_tells_keys_and_types_apart() -> None:
+    """Equal settings have equal ones, whatever the order; no key can be read from it."""
+    both = IdentityRules(hashed=frozenset({"phone", "email"}), hash_key=bytes(KEY))
+    other = IdentityRules(hashed=frozenset({"phone", "email"}), hash_key=KEY[::-1])
+    fewer = IdentityRules(hashed=frozenset({"email"}), hash_key=KEY)
+
+    assert HASHING.hashing == both.hashing == "email + phone (key fingerprint 8394ce74)"
+    assert len({HASHING.hashing, other.hashing, fewer.hashing, RULES.hashing}) == 4
+    assert RULES.hashing == IdentityRules(hash_key=KEY).hashing == "nothing"
 
 
 # ---------------------------------------------------------------- persons

@@ -8,6 +8,7 @@ import pytest
 
 from recognition.attribution import AttributionRules, Policy
 from recognition.errors import ConfigurationError, UnsupportedPolicyError
+from recognition.identity import IdentityRules
 from recognition.layouts import layout_named
 from recognition.rules import References, Rules, Supersede, TableRules
 
@@ -76,6 +77,20 @@ def test_superseding_by_column_needs_a_column() -> None:
     """Whole spans are never written into the column that the pipeline writes."""
     with pytest.raises(ConfigurationError, match="target_column of its own"):
         Rules(default=TableRules(references=References.NONE, supersede=Supersede.COLUMN))
+
+
+@pytest.mark.parametrize("trait", ["email", "Email", "EMAIL", "accountId", "account_id"])
+def test_a_hashed_type_is_no_trait(trait: str) -> None:
+    """A trait that is a hashed type would be written in plain, however it is spelled."""
+    identity = IdentityRules(
+        known=("user_id", "email", "account_id"),
+        hashed=frozenset({"email", "account_id"}),
+        hash_key=bytes(16),
+    )
+
+    with pytest.raises(ConfigurationError, match=f"traits names {trait}, which is hashed"):
+        Rules(identity=identity, traits=("plan", trait))
+    assert Rules(identity=identity, traits=("plan", "phone")).traits == ("plan", "phone")
 
 
 @pytest.mark.parametrize("workspace", ["", "  "])

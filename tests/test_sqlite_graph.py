@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import random
@@ -14,14 +15,14 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import cast
 
 import pytest
 from hypothesis import given, settings
@@ -37,9 +38,10 @@ from recognition.errors import (
     GraphUnavailableError,
 )
 from recognition.events import Event, Identifier
-from recognition.graph import open_graph
-from recognition.graph.sqlite import SCHEMA_VERSION, SqliteGraph, _SqliteStore
-from recognition.graph.store import Reference
+from recognition.graph import GraphStats, open_graph, sqlite
+from recognition.graph.packing import digester, pack_id
+from recognition.graph.sqlite import APPLICATION_ID, SCHEMA_VERSION, SqliteGraph
+from recognition.graph.store import Known, Reference, Rows
 from recognition.layouts import Row
 from recognition.messages import VERSION_COLUMN
 from recognition.recognizer import Recognizer
@@ -592,13 +594,259 @@ def test_nothing_of_a_forgotten_person_is_in_the_file(path: Path) -> None:
     assert path.read_bytes().count(b"secret") == 0
 
 
+# Version 1 ------------------------------------------------------------------------------------
+
+#: What release 0.1.0 began with; its timelines and what it had forgotten were named otherwise.
+SCHEMA_1 = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE names (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
+CREATE TABLE places (
+    workspace INTEGER, tables TEXT, id INTEGER NOT NULL, PRIMARY KEY (workspace, tables)
+) WITHOUT ROWID;
+-- key: the anonymous id, 16 bytes where it is a UUID
+CREATE TABLE timelines (
+    workspace INTEGER, key, id INTEGER NOT NULL, claimed INTEGER NOT NULL, released INTEGER,
+    PRIMARY KEY (workspace, key)
+) WITHOUT ROWID;
+-- ended: some of its claims were forgotten or released
+CREATE TABLE claimed (
+    id INTEGER PRIMARY KEY, workspace INTEGER, key, ended INTEGER NOT NULL DEFAULT 0
+);
+-- until: NULL, or the last moment that a forgotten claim has any effect on
+CREATE TABLE claims (
+    timeline INTEGER, time INTEGER, message, identifier INTEGER, until INTEGER, soft INTEGER,
+    PRIMARY KEY (timeline, time, message)
+) WITHOUT ROWID;
+CREATE TABLE claimants (
+    identifier INTEGER, timeline INTEGER, barred INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (identifier, timeline)
+) WITHOUT ROWID;
+CREATE TABLE identifiers (
+    id INTEGER PRIMARY KEY, workspace INTEGER, type INTEGER, key, seen_as TEXT,
+    only_previous INTEGER, time INTEGER, message,
+    component INTEGER NOT NULL DEFAULT 0, canonical INTEGER NOT NULL DEFAULT 0,
+    UNIQUE (workspace, type, key)
+);
+CREATE TABLE links (
+    component INTEGER, a INTEGER, b INTEGER, alias INTEGER, time INTEGER, message,
+    unlinked INTEGER, refused TEXT,
+    PRIMARY KEY (component, a, b, alias)
+) WITHOUT ROWID;
+CREATE TABLE traits (
+    identifier INTEGER, trait TEXT, time INTEGER, message, value,
+    PRIMARY KEY (identifier, trait)
+) WITHOUT ROWID;
+CREATE TABLE forgotten (digest BLOB PRIMARY KEY, until INTEGER) WITHOUT ROWID;
+-- slot: 3 * place + how it is packed, chunk 0 is the open one
+CREATE TABLE refs (
+    subject INTEGER, day INTEGER, slot INTEGER, chunk INTEGER, packed BLOB,
+    PRIMARY KEY (subject, day, slot, chunk)
+) WITHOUT ROWID;
+CREATE TABLE outbox (
+    position INTEGER PRIMARY KEY AUTOINCREMENT, body TEXT NOT NULL,
+    leased_until REAL NOT NULL DEFAULT 0, holder TEXT, attempts INTEGER NOT NULL DEFAULT 0,
+    dead TEXT
+);
+"""
+
+#: Tables that version 1 has as well, with the same rows.
+SAME_IN_1 = (
+    "names", "places", "claimed", "claims", "claimants", "identifiers", "links", "traits", "refs",
+    "outbox",
+)  # fmt: skip
+
+DEVICES = {*(f"d{number}" for number in range(12)), "d-new", str(uuid.UUID(int=5))}
+
+
+def write_version_1(path: Path, forgotten: Mapping[Identifier, int]) -> None:
+    """Write the graph of a file, of one workspace, over it as version 1 would have written it."""
+    with SqliteGraph(path) as graph:
+        salt = graph._connection.execute("SELECT value FROM meta WHERE name = 'salt'").fetchone()[0]
+        digest = digester(salt, "default")
+        ids = {digest("anonymous_id", value): value for value in DEVICES}
+    old = path.with_name("old.db")
+    with closing(sqlite3.connect(old, isolation_level=None)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.executescript(SCHEMA_1)
+        connection.execute("ATTACH ? AS new", (str(path),))
+        for table in SAME_IN_1:
+            connection.execute(f"INSERT INTO {table} SELECT * FROM new.{table}")
+        connection.execute(
+            "INSERT INTO meta SELECT * FROM new.meta WHERE name IN"
+            " ('sequence', 'decision', 'timeline', 'salt') OR name LIKE 'rules %'"
+        )
+        for key, *rest in connection.execute(
+            "SELECT digest, workspace, id, claimed, released FROM new.timelines"
+        ).fetchall():
+            connection.execute(
+                "INSERT INTO timelines (key, workspace, id, claimed, released)"
+                " VALUES (?, ?, ?, ?, ?)",
+                (pack_id(ids[key]), *rest),
+            )
+        for (type, value), until in forgotten.items():
+            text = f"default\0{type}\0{value}".encode()
+            named = hashlib.blake2b(text, key=salt, digest_size=16).digest()
+            connection.execute("INSERT INTO forgotten VALUES (?, ?)", (named, until))
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute("PRAGMA user_version = 1")
+    old.replace(path)
+
+
+@pytest.fixture
+def half_way(path: Path) -> tuple[list[Event], Path]:
+    """A file of version 1 in which half of some events are, and one of this version beside it."""
+    events = journey_of_many(8, 900)
+    uuid_device = [replace(event, anonymous_id=str(uuid.UUID(int=5))) for event in events[:40]]
+    events[:40] = uuid_device
+    with SqliteGraph(path) as graph:
+        recognizer = Recognizer(graph, RULES)
+        for batch in cut(events[:600], 50):
+            recognizer.process(batch)
+        moment = START + 3 * 86_400 * SECOND
+        recognizer.forget(Identifier("user_id", "u3"), moment)
+        recognizer.unlink(Identifier("anonymous_id", "d5"), Identifier("user_id", "u1"))
+        recognizer.release("d4", moment)
+        recognizer.release("d-new", moment)
+        forgotten = {
+            Identifier(*name): until
+            for name, until in (
+                (("user_id", "u3"), 0),
+                *((("email", f"{n}@example.com"), 0) for n in range(6)),
+            )
+        }
+        found = graph._run("default", lambda store: store.forgotten(forgotten))
+    kept = path.with_name("kept.db")
+    shutil.copy(path, kept)
+    write_version_1(path, found)
+    assert Identifier("user_id", "u3") in found
+    return events, kept
+
+
+def go_on(path: Path, events: Sequence[Event]) -> tuple[dict[str, object], GraphStats]:
+    with SqliteGraph(path) as graph:
+        recognizer = Recognizer(graph, RULES)
+        for batch in cut(events[600:], 50):
+            recognizer.process(batch)
+        stats = replace(graph.stats(), bytes=0)
+        return final_rows(graph, events), stats
+
+
+def test_file_of_version_1_goes_on_as_if_it_were_of_this_one(
+    half_way: tuple[list[Event], Path], path: Path
+) -> None:
+    """A file of version 1 is brought to this one when it is opened, and decides the same."""
+    events, kept = half_way
+    rows, stats = go_on(path, events)
+    right, counted = go_on(kept, events)
+    with closing(sqlite3.connect(path)) as migrated, closing(sqlite3.connect(kept)) as other:
+        schemas = [
+            connection.execute("SELECT name, sql FROM sqlite_master ORDER BY name").fetchall()
+            for connection in (migrated, other)
+        ]
+        version = migrated.execute("PRAGMA user_version").fetchone()[0]
+        sound = migrated.execute("PRAGMA integrity_check").fetchall()
+
+    assert rows == right
+    assert stats == counted
+    assert (version, sound) == (SCHEMA_VERSION, [("ok",)])
+    assert schemas[0] == schemas[1]
+
+
+def test_release_that_knew_version_1_cannot_write_into_a_newer_file(
+    half_way: tuple[list[Event], Path], path: Path
+) -> None:
+    """What a process of before still has open fails, and does not write keys of before."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as before:
+        before.execute("SELECT key FROM timelines").fetchall()
+        SqliteGraph(path).close()
+        for statement in (
+            "SELECT key, id, claimed, released FROM timelines WHERE workspace = 1 AND key IN ('a')",
+            "UPDATE timelines SET claimed = 1 WHERE workspace = 1 AND key = 'a' AND NOT claimed",
+        ):
+            with pytest.raises(sqlite3.OperationalError, match="no such column: key"):
+                before.execute(statement)
+
+
+def migrate_and_die(path: Path, after: int) -> None:
+    """A worker process: opens a file of version 1, and is killed after so many timelines."""
+    left = iter(range(after))
+
+    def digest(type: str, value: str) -> bytes:
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return hashlib.blake2b(value.encode(), digest_size=12).digest()
+
+    sqlite._digester = lambda salt, workspace: digest  # type: ignore[assignment]
+    SqliteGraph(path)
+
+
+@pytest.mark.parametrize("after", [0, 6, 12])
+def test_killed_migration_leaves_version_1(
+    half_way: tuple[list[Event], Path], path: Path, after: int
+) -> None:
+    """A process that is killed while it migrates leaves the file as it was, for the next one."""
+    events, kept = half_way
+    dying = PROCESSES.Process(target=migrate_and_die, args=(path, after))
+    dying.start()
+    dying.join(60)
+    with closing(sqlite3.connect(path)) as connection:
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+        timelines = connection.execute("SELECT count(key) FROM timelines").fetchone()[0]
+
+    assert dying.exitcode == -signal.SIGKILL
+    assert (version, timelines) == (1, 14)
+    assert "timelines_1" not in tables
+    assert "days" not in tables
+    assert go_on(path, events) == go_on(kept, events)
+
+
+def test_processes_migrate_a_file_once(half_way: tuple[list[Event], Path], path: Path) -> None:
+    """Processes that open a file of version 1 at the same moment all go on with the new one."""
+    together = PROCESSES.Barrier(4)
+    makers = [PROCESSES.Process(target=open_together, args=(path, together)) for _ in range(4)]
+    before = 14
+    for maker in makers:
+        maker.start()
+    for maker in makers:
+        maker.join(60)
+
+    assert [maker.exitcode for maker in makers] == [0] * 4
+    with SqliteGraph(path) as graph:
+        assert graph.stats().anonymous_ids == before
+
+
+def test_number_of_somebody_forgotten_is_given_to_nobody_else(path: Path) -> None:
+    """The next new identifier does not get the handle of one that was forgotten, nor any other."""
+
+    def handle(graph: SqliteGraph, user: str) -> int:
+        name = Identifier("user_id", user)
+        known: Known = graph._run("default", lambda store: store.identifiers({name})[name])
+        return known.handle
+
+    with SqliteGraph(path) as graph:
+        recognizer = Recognizer(graph)
+        recognizer.process([make_event("a", 1, "d1", user_id="u1")])
+        before = handle(graph, "u1")
+        recognizer.forget(Identifier("user_id", "u1"))
+    with SqliteGraph(path) as graph:
+        Recognizer(graph).process([make_event("b", 2, "d2", user_id="u2")])
+
+        assert handle(graph, "u2") > before
+
+
 # Bytes ----------------------------------------------------------------------------------------
 
 
-@contextmanager
-def writing(graph: SqliteGraph) -> Iterator[_SqliteStore]:
-    with graph._transaction("w1") as store:
-        yield cast(_SqliteStore, store)
+def add(graph: SqliteGraph, references: Sequence[Reference]) -> None:
+    graph._run("w1", lambda store: store.add_references(references))
+
+
+def rows_of(
+    graph: SqliteGraph, subjects: Iterable[int], low: int = 0, high: int = END
+) -> dict[int, Rows]:
+    windows = dict.fromkeys(subjects, (low, high))
+    return graph._run("w1", lambda store: store.rows(windows))
 
 
 MESSAGE_IDS = st.one_of(
@@ -642,18 +890,16 @@ def test_references_come_back_as_they_went_in(
                 if not any(key == (s, t, m) for s, t, m, _ in given)
             }
             given |= {(*key, time) for key, time in fresh.items()}
-            with writing(graph) as store:
-                store.add_references(
-                    [Reference(s, t, m, time) for (s, t, m), time in fresh.items()]
-                )
-        found = set()
-        inside = set()
-        with writing(graph) as store:
-            for subject in range(-2, 4):
-                for tables, refs in store.references(subject, 0, END).items():
-                    found |= {(subject, tables, m, time) for m, time in refs.items()}
-                for tables, refs in store.references(subject, low, high).items():
-                    inside |= {(subject, tables, m, time) for m, time in refs.items()}
+            add(graph, [Reference(s, t, m, time) for (s, t, m), time in fresh.items()])
+        found, inside = (
+            {
+                (subject, tables, m, time)
+                for subject, rows in rows_of(graph, range(-2, 4), *window).items()
+                for tables, refs in rows.references.items()
+                for m, time in refs.items()
+            }
+            for window in ((0, END), (low, high))
+        )
 
         assert found == given
         assert inside == {ref for ref in given if low <= ref[3] < high}
@@ -665,10 +911,8 @@ def test_references_with_few_distinct_bytes_are_kept() -> None:
     ids = [str(uuid.UUID(int=number)) for number in (1, 2, 256, 257)]
     with SqliteGraph(":memory:") as graph:
         for message_id in ids:
-            with writing(graph) as store:
-                store.add_references([Reference(1, ("events",), message_id, DAY)])
-        with writing(graph) as store:
-            found = store.references(1, 0, END)[("events",)]
+            add(graph, [Reference(1, ("events",), message_id, DAY)])
+        found = rows_of(graph, [1])[1].references["events",]
 
         assert sorted(found) == sorted(ids)
 
@@ -678,15 +922,14 @@ def test_full_chunks_are_sealed(path: Path) -> None:
     ids = [str(uuid.UUID(int=random.Random(6).getrandbits(128) + n)) for n in range(2_000)]
     with SqliteGraph(path) as graph:
         for start in range(0, len(ids), 7):
-            with writing(graph) as store:
-                store.add_references(
-                    [
-                        Reference(1, ("events",), message_id, START + n * 1_000)
-                        for n, message_id in enumerate(ids[start : start + 7], start)
-                    ]
-                )
-        with writing(graph) as store:
-            found = store.references(1, 0, END)[("events",)]
+            add(
+                graph,
+                [
+                    Reference(1, ("events",), message_id, START + n * 1_000)
+                    for n, message_id in enumerate(ids[start : start + 7], start)
+                ],
+            )
+        found = rows_of(graph, [1])[1].references["events",]
         largest, opened, chunks = graph._connection.execute(
             "SELECT max(length(packed)), sum(chunk = 0), count(*) FROM refs"
         ).fetchone()
