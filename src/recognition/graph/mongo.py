@@ -231,46 +231,34 @@ class MongoGraph(StoredGraph):
     def observe(self, rules: Rules, observations: Sequence[Observation]) -> Outcome:
         """See `Graph.observe`."""
         self.recover(rules, older_than=self._grace, every=self._grace / 2)
-        return self._decide(
-            self._workspace(rules.workspace),
+        outcome, late = self._decide(
             rules,
             lambda store: decisions.observe(store, rules, observations, rows_first=True),
             rows_of=observations,
             light=not any(o.known for o in observations),
         )
+        outcome.counts.updates += late
+        return outcome
 
     def recheck(self, rules: Rules, receipt: Receipt) -> int:
         """See `Graph.recheck`."""
-        return self._decide(
-            self._workspace(rules.workspace),
-            rules,
-            lambda store: decisions.recheck(store, rules, receipt),
-            light=True,
-        )
+        return self._count(rules, lambda s: decisions.recheck(s, rules, receipt), light=True)
 
     def unlink(self, rules: Rules, one: Identifier, other: Identifier) -> int:
         """See `Graph.unlink`."""
-        return self._decide(
-            self._workspace(rules.workspace),
-            rules,
-            lambda store: decisions.unlink(store, rules, one, other),
-        )
+        return self._count(rules, lambda store: decisions.unlink(store, rules, one, other))
 
     def release(self, rules: Rules, anonymous_id: str, at: int) -> int:
         """See `Graph.release`."""
-        return self._decide(
-            self._workspace(rules.workspace),
-            rules,
-            lambda store: decisions.release(store, rules, anonymous_id, at),
-        )
+        return self._count(rules, lambda store: decisions.release(store, rules, anonymous_id, at))
 
     def forget(self, rules: Rules, identifier: Identifier, at: int) -> int:
         """See `Graph.forget`."""
-        return self._decide(
-            self._workspace(rules.workspace),
-            rules,
-            lambda store: decisions.forget(store, rules, identifier, at),
-        )
+        return self._count(rules, lambda store: decisions.forget(store, rules, identifier, at))
+
+    def _count(self, rules: Rules, work: Callable[[Store], int], *, light: bool = False) -> int:
+        updates, late = self._decide(rules, work, light=light)
+        return updates + late
 
     def recover(self, rules: Rules, *, older_than: float = 0.0, every: float = 0.0) -> int:
         """
@@ -309,20 +297,23 @@ class MongoGraph(StoredGraph):
 
     def _decide(
         self,
-        workspace: _Workspace,
         rules: Rules,
         work: Callable[[Store], _Result],
         *,
         rows_of: Sequence[Observation] = (),
         light: bool = False,
-    ) -> _Result:
+    ) -> tuple[_Result, int]:
         """
-        Do the work by the rules. ``light``: it is likely that nothing is to be written.
+        Do the work by the rules; gives its result, and the number of updates that rule 6 added.
+
+        ``light``: it is likely that nothing is to be written.
 
         All of it in one causally consistent session: whatever member answers, it has what was
         written in the session before.
         """
         self._check_open()
+        workspace = self._workspace(rules.workspace)
+        late = 0
         with self._client.start_session(causal_consistency=True) as session:
             announced = self._patiently(
                 lambda: self._announce(workspace, rules, rows_of, session) if rows_of else set()
@@ -333,7 +324,7 @@ class MongoGraph(StoredGraph):
                 with suppress(LookupError):
                     result = self._patiently(lambda: work(store))
                     if not store.has_changes:
-                        return result
+                        return result, 0
             deadline = time.monotonic() + self._timeout
             attempt = 0
             while True:
@@ -355,13 +346,13 @@ class MongoGraph(StoredGraph):
                     store.sweep_id, store.windows, announced, store.rows_seen, store.tables_seen
                 )
                 try:
-                    self._sweep(workspace, rules, sweep, session)
+                    late = self._sweep(workspace, rules, sweep, session)
                 except GraphUnavailableError:
                     # The decision stands, and so does the sweep: it is done by whoever comes next.
                     _log.warning(
                         "the graph went away after a decision; its sweep is left to others"
                     )
-        return result
+        return result, late
 
     def _attempt(
         self,
@@ -437,8 +428,8 @@ class MongoGraph(StoredGraph):
         missed, tables = self._patiently(look)
         emitted = 0
         if missed:
-            emitted = self._decide(
-                workspace, rules, lambda store: decisions.catch_up(store, rules, missed, tables)
+            emitted = self._count(
+                rules, lambda store: decisions.catch_up(store, rules, missed, tables)
             )
             _log.debug("rows of %d subjects came while they were decided", len(missed))
         # Not majority: a sweep that comes back is done again, which changes nothing.
