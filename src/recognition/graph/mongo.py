@@ -15,7 +15,7 @@ The protocol. Everybody who writes here keeps these rules, in this order:
 4. **Number late.** The sequence of an update is taken after the snapshot is fixed. Of two decisions
    that share a lock the later one began its last attempt after the earlier one had committed, so
    its numbers are greater. (Two that share none are about different rows.)
-5. **One commit.** Claims, persons, updates and, in ``sweeps``, the windows of time whose rows have
+5. **One commit.** Claims, persons, updates and a *sweep*, the windows of time whose rows have
    changed hands, become durable together, with ``w: majority``.
 6. **Look again.** After the commit the rows in those windows are read once more. Those that the
    decision did not see get an update of their own, by the same rules, and the sweep is deleted.
@@ -36,23 +36,23 @@ component's. Hot devices that are merely anonymous take no lock at all.
 Collections; a *digest* is a 12-byte name of an anonymous id or a known identifier, in its
 workspace, made with the salt of this graph. It is the beginning of every key, and the shard key.
 
-===============  ==================================  ==============================================
-``timelines``    digest                              one per claimed or released anonymous id
-``claims``       digest, time, message               insert-only but for undo
-``claimants``    identifier, timeline                which timelines an identifier ever claimed
-``identifiers``  digest                              first sighting, person, traits; or a tombstone
-``links``        component, a, b                     with where each was seen, refused ones too
-``rows_00...``   digest, day, place, reference       message references and days, 32 days each
-``outbox``       sequence                            updates that wait; leases by the server's clock
-``dead``         sequence                            updates that were given up, with the reason
-``sweeps``       random                              rule 6, for as long as it is not done
-``meta``         text                                schema and salt, sequence, days, workspaces
-===============  ==================================  ==============================================
+=============  =================================  ===============================================
+``subjects``   digest                             a claimed or released anonymous id, or a known
+                                                  identifier: first sighting, person, traits
+``claims``     timeline, time, message            insert-only but for undo
+               identifier, timeline               which timelines an identifier ever claimed
+``links``      component, a, b                    with where each was seen, refused ones too
+``rows_0*``    subject, day, place, reference     message references and days, 32 days each
+``outbox``     sequence                           updates that wait; leases by the server's clock
+               minus a sequence                   sweeps, for as long as they are not done
+``dead``       sequence                           updates that were given up, with the reason
+``meta``       text                               schema and salt, sequence, workspaces
+=============  =================================  ===============================================
 
-``rows_*``, ``claims`` and ``claimants`` are clustered by their key and have no index. They are only
-read by ranges of it, joined by ``$unionWith``: a list (``$in``, ``$or``) on a clustered collection
-is a scan from its least to its greatest value on MongoDB 6.0, as `explain` shows. All keys of a
-collection have the same length, because BSON compares the lengths of binaries first.
+``rows_*`` and ``claims`` are clustered by their key and have no index. They are only read by ranges
+of it, joined by ``$unionWith``: a list (``$in``, ``$or``) on a clustered collection is a scan from
+its least to its greatest value on MongoDB 6.0, as `explain` shows. All keys of a collection have
+the same length, because BSON compares the lengths of binaries first.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ import random
 import secrets
 import threading
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -154,8 +155,8 @@ PERIOD = 32
 SLOTS = 6
 
 _ROWS = tuple(f"rows_{slot:02}" for slot in range(SLOTS))
-_CLUSTERED = ("claims", "claimants", *_ROWS)
-_PLAIN = ("timelines", "identifiers", "links", "outbox", "dead", "sweeps", "meta")
+_CLUSTERED = ("claims", *_ROWS)
+_PLAIN = ("subjects", "links", "outbox", "dead", "meta")
 COLLECTIONS = (*_PLAIN, *_CLUSTERED)
 
 # Message references of one document, so that none comes near the 16 MB that BSON allows.
@@ -234,7 +235,7 @@ class MongoGraph(StoredGraph):
         outcome, late = self._decide(
             rules,
             lambda store: decisions.observe(store, rules, observations, rows_first=True),
-            rows_of=observations,
+            batch=observations,
             light=not any(o.known for o in observations),
         )
         outcome.counts.updates += late
@@ -268,28 +269,30 @@ class MongoGraph(StoredGraph):
 
         Args:
             rules: How the workspace is decided.
-            older_than: Only those begun so many seconds ago, by the server's clock.
-            every: Not again within so many seconds of the last time, by this process.
+            older_than: Only those that were there so many seconds ago, when this graph looked.
+            every: Not again within so many seconds of the last time.
 
         Returns:
             The number of updates emitted.
         """
+        now = time.monotonic()
         with self._lock:
-            now = time.monotonic()
             if now < self._next_look:
                 return 0
             self._next_look = now + every
         workspace = self._workspace(rules.workspace)
-        age = {"$subtract": ["$$NOW", {"$literal": round(older_than * 1000)}]}
-        chosen = {"w": rules.workspace, "$expr": {"$lte": ["$at", age]}}
+        chosen = {"_id": {"$lt": 0}, "w": rules.workspace}
         emitted = 0
         with self._client.start_session(causal_consistency=True) as session:
-            for found in self._patiently(
-                lambda: list(self._db["sweeps"].find(chosen, session=session))
-            ):
-                windows = {_handle(key): (start, end) for key, start, end in found["windows"]}
-                sweep = _Sweep(found["_id"], windows, (), {}, set())
-                emitted += self._sweep(workspace, rules, sweep, session)
+            found = self._patiently(lambda: list(self._db["outbox"].find(chosen, session=session)))
+            workspace.sweeps = {d["_id"]: workspace.sweeps.get(d["_id"], now) for d in found}
+            for document in found:
+                if now - workspace.sweeps[document["_id"]] >= older_than:
+                    windows = {
+                        _handle(key): (start, end) for key, start, end in document["windows"]
+                    }
+                    sweep = _Sweep(document["_id"], windows, (), {}, set())
+                    emitted += self._sweep(workspace, rules, sweep, session)
         return emitted
 
     def _run(self, workspace: str, work: Callable[[Store], _Result]) -> _Result:
@@ -300,7 +303,7 @@ class MongoGraph(StoredGraph):
         rules: Rules,
         work: Callable[[Store], _Result],
         *,
-        rows_of: Sequence[Observation] = (),
+        batch: Sequence[Observation] = (),
         light: bool = False,
     ) -> tuple[_Result, int]:
         """
@@ -316,10 +319,11 @@ class MongoGraph(StoredGraph):
         late = 0
         with self._client.start_session(causal_consistency=True) as session:
             announced = self._patiently(
-                lambda: self._announce(workspace, rules, rows_of, session) if rows_of else set()
+                lambda: self._announce(workspace, rules, batch, session) if batch else set()
             )
+            subjects = workspace.subjects(batch)
             if light:
-                store = _MongoStore(self, workspace, session, announced)
+                store = _MongoStore(self, workspace, session, announced, subjects)
                 # Somebody who was forgotten between two reads is missed: then in a transaction.
                 with suppress(LookupError):
                     result = self._patiently(lambda: work(store))
@@ -331,7 +335,7 @@ class MongoGraph(StoredGraph):
                 attempt += 1
                 try:
                     with _translated():
-                        store, result = self._attempt(workspace, work, announced, session)
+                        store, result = self._attempt(workspace, work, announced, subjects, session)
                     break
                 except _AgainError as exc:
                     if time.monotonic() > deadline:
@@ -341,9 +345,9 @@ class MongoGraph(StoredGraph):
                             " safe."
                         ) from exc.__cause__
                 time.sleep(random.uniform(0, min(0.002 * 2 ** min(attempt, 7), 0.25)))
-            if store.windows:
+            if store.windows and store.has_changes:
                 sweep = _Sweep(
-                    store.sweep_id, store.windows, announced, store.rows_seen, store.tables_seen
+                    -store.version, store.windows, announced, store.rows_seen, store.tables_seen
                 )
                 try:
                     late = self._sweep(workspace, rules, sweep, session)
@@ -359,11 +363,12 @@ class MongoGraph(StoredGraph):
         workspace: _Workspace,
         work: Callable[[Store], _Result],
         announced: Collection[bytes],
+        subjects: Collection[bytes],
         session: ClientSession,
     ) -> tuple[_MongoStore, _Result]:
         try:
             session.start_transaction(ReadConcern("snapshot"), _MAJORITY)
-            store = _MongoStore(self, workspace, session, announced)
+            store = _MongoStore(self, workspace, session, announced, subjects)
             try:
                 result = work(store)
                 if store.has_changes:
@@ -433,15 +438,15 @@ class MongoGraph(StoredGraph):
             )
             _log.debug("rows of %d subjects came while they were decided", len(missed))
         # Not majority: a sweep that comes back is done again, which changes nothing.
-        sweeps = self._db["sweeps"].with_options(write_concern=WriteConcern(1))
-        self._patiently(lambda: sweeps.delete_one({"_id": sweep.id}))
+        outbox = self._db["outbox"].with_options(write_concern=WriteConcern(1))
+        self._patiently(lambda: outbox.delete_one({"_id": sweep.id}))
         return emitted
 
     @contextmanager
     def _reader(self, workspace: str) -> Iterator[Store]:
         self._check_open()
         with _translated(), self._client.start_session(snapshot=True) as session:
-            yield _MongoStore(self, self._workspace(workspace), session, {}, reads_only=True)
+            yield _MongoStore(self, self._workspace(workspace), session, (), (), reads_only=True)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -485,12 +490,8 @@ class MongoGraph(StoredGraph):
 
     def _refresh(self, workspace: _Workspace, session: ClientSession | None = None) -> None:
         """Read what is known of a workspace."""
-        found = self._db["meta"].find_one({"_id": _meta(workspace.name)}, session=session) or {}
-        workspace.tables = set(found.get("tables", ()))
-        workspace.days = set(found.get("days", ()))
-        for place in found.get("places", ()):
-            workspace.places[tuple(place["tables"])] = place["n"]
-            workspace.place_names[place["n"]] = tuple(place["tables"])
+        found = self._db["meta"].find_one({"_id": _meta(workspace.name)}, session=session)
+        workspace.take_in(found or {})
 
     def _note(self, workspace: _Workspace, tables: Collection[str], days: Collection[int]) -> None:
         """Remember tables and days that have rows, before the rows are written."""
@@ -683,31 +684,23 @@ class MongoGraph(StoredGraph):
         own: Collection[bytes],
     ) -> dict[int, Rows]:
         """What is known of rows, but for what the documents of these keys say."""
-        # What another worker noted in the meantime is not missed in a decision: rule 6 reads again.
+        meta = _meta(workspace.name)
+        documents: Iterable[_Document]
+        # What another worker noted in the meantime is not missed in a decision: rule 6 looks again.
         if workspace.days is None or not session.in_transaction:
-            self._refresh(workspace, None if session.in_transaction else session)
+            used = set(workspace.days or ())
+            ranges = [("meta", meta, meta), *_row_ranges(windows, used)]
+            first, *documents = [*self._union(ranges, session), {}]
+            workspace.take_in(first if first.get("_id") == meta else {})
+            new = (workspace.days or set()) - used
+            documents = [d for d in (first, *documents) if isinstance(d.get("_id"), bytes)]
+            documents.extend(self._union(_row_ranges(windows, new), session))
+        else:
+            documents = self._union(_row_ranges(windows, workspace.days), session)
         kept = workspace.days or set()
-        days = sorted(kept)
-        ranges: list[tuple[str, bytes, bytes]] = []
-        for handle, (start, end) in windows.items():
-            subject = abs(handle).to_bytes(DIGEST)
-            bounds: dict[str, tuple[int, int]] = {}
-            for day in days:
-                if day * DAY < end and (day + 1) * DAY > start:
-                    name = _ROWS[day // PERIOD % SLOTS]
-                    low, _ = bounds.get(name, (day, day))
-                    bounds[name] = (low, day)
-            for name, (low, high) in bounds.items():
-                ranges.append(
-                    (
-                        name,
-                        subject + low.to_bytes(3) + bytes(3 + _REST),
-                        subject + high.to_bytes(3) + b"\xff" * (3 + _REST),
-                    )
-                )
-        signs = {abs(handle).to_bytes(DIGEST): handle for handle in windows}
+        signs = {_key(abs(handle)): handle for handle in windows}
         found: dict[int, tuple[dict[Any, dict[str, int]], dict[Any, set[int]]]] = {}
-        for document in self._union(ranges, session):
+        for document in documents:
             key = document["_id"]
             if key in own:
                 continue
@@ -733,7 +726,7 @@ class MongoGraph(StoredGraph):
         return {h: found for h, found in rows.items() if found.references or found.days}
 
     def _union(
-        self, ranges: Sequence[tuple[str, bytes, bytes]], session: ClientSession | None
+        self, ranges: Sequence[tuple[str, Any, Any]], session: ClientSession | None
     ) -> Iterator[_Document]:
         """
         Documents of ranges of keys, both ends included, in few round trips.
@@ -774,7 +767,7 @@ class MongoGraph(StoredGraph):
         """See `Graph.lease_updates`."""
         holder = secrets.token_bytes(DIGEST)
         outbox = self._db["outbox"]
-        free = {"$expr": {"$lte": ["$until", "$$NOW"]}}
+        free = {"_id": {"$gt": 0}, "$expr": {"$lte": ["$until", "$$NOW"]}}
 
         def lease() -> list[_Document]:
             keys = [d["_id"] for d in outbox.find(free, {"_id": 1}).sort("_id", 1).limit(limit)]
@@ -782,7 +775,7 @@ class MongoGraph(StoredGraph):
                 return []
             until = {"$add": ["$$NOW", round(seconds * 1000)]}
             outbox.update_many(
-                {"_id": {"$in": keys}, **free},
+                {**free, "_id": {"$in": keys}},
                 [{"$set": {"until": until, "holder": holder, "n": {"$add": ["$n", 1]}}}],
             )
             # Some of them may have been leased by another worker in between.
@@ -844,7 +837,7 @@ class MongoGraph(StoredGraph):
         # All in the order of their digests, so that each is counted once.
         for key, size in heapq.merge(
             *(self._row_sizes(name) for name in _ROWS),
-            ((d["_id"], 0) for d in db["timelines"].find({}, {"_id": 1}).sort("_id", 1)),
+            ((d["_id"], 0) for d in db["subjects"].find({"a": {"$exists": True}}).sort("_id", 1)),
         ):
             visible = len(key) == DIGEST or _day(key) in kept.get(_slot(key) // 4, ())
             if visible and key[:DIGEST] != last and not key[DIGEST - 1] & 1:
@@ -852,27 +845,26 @@ class MongoGraph(StoredGraph):
                 last = key[:DIGEST]
             if visible:
                 references += size
-        persons = list(
-            db["identifiers"].aggregate(
-                [
-                    {"$match": {"t": {"$exists": True}}},
-                    {"$group": {"_id": {"$ifNull": ["$k", "$_id"]}, "n": {"$sum": 1}}},
-                    {"$group": {"_id": None, "persons": {"$sum": 1}, "n": {"$sum": "$n"}}},
-                ],
-                allowDiskUse=True,
-            )
-        )
-        counts = persons[0] if persons else {"persons": 0, "n": 0}
+        count: Any = {"$group": {"_id": {"$ifNull": ["$k", "$_id"]}, "n": {"$sum": 1}}}
+        total: Any = {"$group": {"_id": None, "persons": {"$sum": 1}, "n": {"$sum": "$n"}}}
+        persons: list[_Document] = [{"$match": {"t": {"$exists": True}}}, count, total]
+        claims: list[_Document] = [
+            {"$match": {"a": {"$exists": True}}},
+            {"$group": {"_id": None, "n": {"$sum": "$n"}}},
+        ]
+        known = next(iter(db["subjects"].aggregate(persons, allowDiskUse=True)), {})
+        claimed = next(iter(db["subjects"].aggregate(claims)), {})
+        sweeps = db["outbox"].count_documents({"_id": {"$lt": 0}})
         disk = db.command("dbStats")
         return GraphStats(
             anonymous_ids=devices,
-            identifiers=counts["n"],
-            persons=counts["persons"],
-            claims=db["claims"].estimated_document_count(),
+            identifiers=known.get("n", 0),
+            persons=known.get("persons", 0),
+            claims=claimed.get("n", 0),
             links=db["links"].count_documents({"r": ""}),
             conflicts=db["links"].count_documents({"r": {"$in": ["unique", "limit"]}}),
             references=references,
-            pending_updates=db["outbox"].estimated_document_count(),
+            pending_updates=max(0, db["outbox"].estimated_document_count() - sweeps),
             dead_updates=db["dead"].estimated_document_count(),
             bytes=int(disk["storageSize"] + disk["indexSize"]),
         )
@@ -941,6 +933,15 @@ class _Workspace:
     noted_days: set[int] = field(default_factory=set)
     days: set[int] | None = None
     devices: dict[str, bytes] = field(default_factory=dict)
+    sweeps: dict[int, float] = field(default_factory=dict)
+
+    def take_in(self, found: Mapping[str, Any]) -> None:
+        """What the database holds of it now."""
+        self.tables = set(found.get("tables", ()))
+        self.days = set(found.get("days", ()))
+        for place in found.get("places", ()):
+            self.places[tuple(place["tables"])] = place["n"]
+            self.place_names[place["n"]] = tuple(place["tables"])
 
     def device(self, anonymous_id: str) -> bytes:
         """The digest of an anonymous id; those that were asked for last are kept."""
@@ -949,6 +950,19 @@ class _Workspace:
             if len(self.devices) > 50_000:
                 self.devices = {}
             found = self.devices[anonymous_id] = self.digest(ANONYMOUS, anonymous_id)
+        return found
+
+    def subjects(self, batch: Iterable[Observation]) -> set[bytes]:
+        """Everybody whom a batch names: what a decision about it asks for first."""
+        found = set()
+        for o in batch:
+            if o.anonymous_id is not None:
+                found.add(self.device(o.anonymous_id))
+            for identifier in o.known:
+                found.add(self.digest(*identifier))
+            if o.previous_id is not None:
+                found.add(self.device(o.previous_id))
+                found.add(self.digest(decisions.USER_ID, o.previous_id))
         return found
 
     places: dict[tuple[str, ...], int] = field(default_factory=dict)
@@ -974,7 +988,7 @@ class _Recent:
 class _Sweep(NamedTuple):
     """What changed hands in a decision, and what it saw of the rows in there."""
 
-    id: bytes
+    id: int
     windows: Mapping[int, tuple[int, int]]
     own: Collection[bytes]
     rows_seen: Mapping[int, Rows]
@@ -1002,6 +1016,7 @@ class _MongoStore:
         workspace: _Workspace,
         session: ClientSession,
         announced: Collection[bytes],
+        subjects: Collection[bytes],
         *,
         reads_only: bool = False,
     ) -> None:
@@ -1010,20 +1025,18 @@ class _MongoStore:
         self._workspace = workspace
         self._session = session
         self._announced = announced
+        self._unread = subjects
         self._reads_only = reads_only
-        self.sweep_id = secrets.token_bytes(DIGEST)
         self.windows: dict[int, tuple[int, int]] = {}
         self.rows_seen: dict[int, Rows] = {}
         self.tables_seen: set[str] = set()
         self._tables: set[str] | None = None
-        self._timelines: dict[bytes, _Document | None] = {}
+        self._documents: dict[bytes, _Document | None] = {}
         self._values: dict[bytes, str] = {}
         self._whole: dict[bytes, list[Claim]] = {}
         self._owners: dict[bytes, set[bytes]] = {}
-        self._identifiers: dict[bytes, _Document | None] = {}
         self._links: dict[int, dict[tuple[int, int, bool], StoredLink]] = {}
-        self._changed_timelines: set[bytes] = set()
-        self._changed_identifiers: set[bytes] = set()
+        self._changed: set[bytes] = set()
         self._locked: set[bytes] = set()
         self._claim_writes: list[Any] = []
         self._new_claims: list[_Document] = []
@@ -1040,8 +1053,7 @@ class _MongoStore:
     def has_changes(self) -> bool:
         """Whether there is anything to be written."""
         return bool(
-            self._changed_timelines
-            or self._changed_identifiers
+            self._changed
             or self._claim_writes
             or self._new_claims
             or self._claimant_writes
@@ -1055,38 +1067,39 @@ class _MongoStore:
     def flush(self) -> None:
         """Write everything, in the transaction."""
         session, db = self._session, self._db
-        version = self._final_version()
-        timelines, new_timelines = _writes(self._timelines, self._changed_timelines, version)
-        identifiers, new_identifiers = _writes(
-            self._identifiers, self._changed_identifiers, version
-        )
-        locked = self._locked - self._changed_timelines - self._changed_identifiers
-        for writes, known in ((timelines, False), (identifiers, True)):
-            held = [key for key in locked if bool(key[-1] & 1) == known]
-            if held:
-                writes.append(UpdateMany({"_id": {"$in": held}}, {"$set": {"v": version}}))
+        version = self.version
+        subjects: list[Any] = []
+        new_subjects: list[_Document] = []
+        for key in self._changed:
+            document = self._documents[key]
+            assert document is not None
+            made = {**document, "v": version}
+            if "v" in document:
+                subjects.append(ReplaceOne({"_id": key}, made))
+            else:  # nobody may have made it in the meantime
+                new_subjects.append(made)
+        locked = list(self._locked - self._changed)
+        if locked:
+            subjects.append(UpdateMany({"_id": {"$in": locked}}, {"$set": {"v": version}}))
         links = list(self._link_writes.values())
         for component in self._components:
             key = _link_key(component, 0, 0, False)
             links.append(
                 UpdateOne({"_id": key, "c": _key(component)}, {"$set": {"v": version}}, upsert=True)
             )
-        claimants: list[Any] = []
-        new_claimants: list[_Document] = []
+        claims, new_claims = list(self._claim_writes), list(self._new_claims)
         for pair, there in self._claimant_writes.items():
+            key = pair + bytes(DIGEST)
             if not there:
-                claimants.append(DeleteOne({"_id": pair}))
-            elif "v" in (self._timelines[pair[DIGEST:]] or {}):
-                made = {"$setOnInsert": {"_id": pair}}
-                claimants.append(UpdateOne({"_id": pair}, made, upsert=True))
+                claims.append(DeleteOne({"_id": key}))
+            elif "v" in (self._documents[pair[DIGEST:]] or {}):
+                claims.append(UpdateOne({"_id": key}, {"$setOnInsert": {"_id": key}}, upsert=True))
             else:
-                new_claimants.append({"_id": pair})
+                new_claims.append({"_id": key})
         for name, writes, added in (
-            ("timelines", timelines, new_timelines),
-            ("identifiers", identifiers, new_identifiers),
+            ("subjects", subjects, new_subjects),
             ("links", links, []),
-            ("claims", self._claim_writes, self._new_claims),
-            ("claimants", claimants, new_claimants),
+            ("claims", claims, new_claims),
         ):
             if writes:
                 db[name].bulk_write(writes, ordered=False, session=session)
@@ -1098,52 +1111,48 @@ class _MongoStore:
                 db[name].delete_many({"_id": {"$gte": low, "$lte": high}}, session=session)
         if self._references:
             self._graph._write_references(self._workspace, self._references, session)
-        if self._updates:
-            db["outbox"].insert_many(
-                [
-                    {
-                        "_id": update.sequence,
-                        "w": self._workspace.name,
-                        "body": update.model_dump_json(),
-                        "n": 0,
-                        "until": _NEVER,
-                    }
-                    for update in self._updates
-                ],
-                session=session,
-            )
+        outgoing: list[_Document] = [
+            {
+                "_id": update.sequence,
+                "w": self._workspace.name,
+                "body": update.model_dump_json(),
+                "n": 0,
+                "until": _NEVER,
+            }
+            for update in self._updates
+        ]
         if self.windows:
             windows = [[_key(abs(h)), start, end] for h, (start, end) in self.windows.items()]
-            fields = {"w": self._workspace.name, "windows": windows}
-            db["sweeps"].update_one(
-                {"_id": self.sweep_id},
-                [{"$set": {**{k: {"$literal": v} for k, v in fields.items()}, "at": "$$NOW"}}],
-                upsert=True,
-                session=session,
-            )
+            outgoing.append({"_id": -version, "w": self._workspace.name, "windows": windows})
+        if outgoing:
+            db["outbox"].insert_many(outgoing, session=session)
 
     def decided_with(self, rules: str) -> str:
         return self._graph._decided_with(self._workspace, rules, reads_only=self._reads_only)
 
     # ---------------------------------------------------------------- timelines
 
-    def _load_timelines(self, keys: Iterable[bytes]) -> None:
-        missing = [key for key in keys if key not in self._timelines]
+    def _load(self, keys: Iterable[bytes]) -> None:
+        """Read documents of subjects; the first time all that the batch names."""
+        missing = [key for key in keys if key not in self._documents]
         if missing:
-            self._timelines.update(dict.fromkeys(missing))
-            for document in self._db["timelines"].find(
+            if self._unread:
+                missing = list({*missing, *self._unread})
+                self._unread = ()
+            self._documents.update(dict.fromkeys(missing))
+            for document in self._db["subjects"].find(
                 {"_id": {"$in": missing}}, session=self._session, batch_size=20_000
             ):
-                self._timelines[document["_id"]] = document
+                self._documents[document["_id"]] = document
 
     def timelines(self, anonymous_ids: Collection[str]) -> dict[str, Timeline]:
         device = self._workspace.device
         keys = {value: device(value) for value in anonymous_ids}
-        self._load_timelines(keys.values())
+        self._load(keys.values())
         found = {}
         for value, key in keys.items():
             self._values[key] = value
-            document = self._timelines[key]
+            document = self._documents[key]
             # Whether it was ever seen is not known, and nobody has to know.
             if document is None:
                 found[value] = Timeline(int.from_bytes(key), False)
@@ -1157,37 +1166,37 @@ class _MongoStore:
 
     def anonymous_ids(self, timelines: Collection[int]) -> dict[int, str]:
         keys = {_key(handle): handle for handle in timelines}
-        self._load_timelines(keys)
+        self._load(keys)
         return {
             handle: unpack_id(document["a"])
             for key, handle in keys.items()
-            if (document := self._timelines[key]) is not None
+            if (document := self._documents[key]) is not None
         }
 
     def _timeline(self, key: bytes) -> _Document:
         """The document of a timeline, to be changed."""
-        self._load_timelines([key])
-        document = self._timelines[key]
+        self._load([key])
+        document = self._documents[key]
         if document is None:
-            document = self._timelines[key] = {
+            document = self._documents[key] = {
                 "_id": key,
                 "w": self._workspace.name,
                 "a": pack_id(self._values[key]),
                 "n": 0,
                 "first": [],
             }
-        self._changed_timelines.add(key)
+        self._changed.add(key)
         return document
 
     def claims(
         self, windows: Mapping[int, tuple[int, int]], *, first: bool = False
     ) -> dict[int, list[Claim]]:
         keys = {_key(handle): handle for handle in windows}
-        self._load_timelines(keys)
+        self._load(keys)
         found: dict[int, list[Claim]] = {}
         wanted: dict[bytes, tuple[int, int]] = {}
         for key, handle in keys.items():
-            document = self._timelines[key]
+            document = self._documents[key]
             if document is None or not document["n"]:
                 continue
             low, high = windows[handle]
@@ -1219,7 +1228,7 @@ class _MongoStore:
                 _key(c.owner) for c in claims if isinstance(c.owner, int)
             )
             if first and key not in self._whole:
-                document = self._timelines[key]
+                document = self._documents[key]
                 assert document is not None
                 beginning = {_claim(c) for c in document["first"]}
                 found[handle] = sorted({*beginning, *claims})
@@ -1235,10 +1244,10 @@ class _MongoStore:
         """
         if not keys or not self._session.in_transaction:
             return
-        timelines = self._db["timelines"].with_options(read_concern=ReadConcern("local"))
+        timelines = self._db["subjects"].with_options(read_concern=ReadConcern("local"))
         now = {d["_id"]: d["v"] for d in timelines.find({"_id": {"$in": list(keys)}}, {"v": 1})}
         for key in keys:
-            document = self._timelines[key]
+            document = self._documents[key]
             if document is None or now.get(key) != document.get("v"):
                 raise _AgainError("another worker claimed a device")
 
@@ -1251,7 +1260,7 @@ class _MongoStore:
         """
         reach: dict[bytes, tuple[int, int]] = {}
         for key, (low, high) in windows.items():
-            document = self._timelines[key]
+            document = self._documents[key]
             assert document is not None
             length = _last(document)[0][0] - document["first"][0][0]
             width = 1 + 8 * length // document["n"]
@@ -1261,7 +1270,7 @@ class _MongoStore:
         for document in self._graph._union(ranges, self._session):
             found[document["_id"][:DIGEST]].append(_claim_of(document))
         for key, claims in found.items():
-            document = self._timelines[key]
+            document = self._documents[key]
             assert document is not None
             low, high = windows[key]
             claims.sort()
@@ -1357,11 +1366,11 @@ class _MongoStore:
 
     def soft_claims(self, windows: Mapping[int, tuple[int, int]]) -> dict[int, list[Claim]]:
         keys = {_key(handle): handle for handle in windows}
-        self._load_timelines(keys)
+        self._load(keys)
         found: dict[int, list[Claim]] = {}
         unread: dict[bytes, tuple[int, int]] = {}
         for key, handle in keys.items():
-            document = self._timelines[key]
+            document = self._documents[key]
             if document is None or not document.get("soft"):
                 continue
             if key in self._whole:
@@ -1388,19 +1397,20 @@ class _MongoStore:
         ranges = []
         for identifier in identifiers:
             key = _key(identifier)
-            ranges.append(("claimants", key + bytes(DIGEST), key + b"\xff" * DIGEST))
-        found = {d["_id"][DIGEST:] for d in self._graph._union(ranges, self._session)}
-        self._load_timelines(found)
-        if any(self._timelines[key] is None for key in found):
+            low, high = key + bytes(2 * DIGEST), key + b"\xff" * (2 * DIGEST)
+            ranges.append(("claims", low, high))
+        found = {d["_id"][DIGEST : 2 * DIGEST] for d in self._graph._union(ranges, self._session)}
+        self._load(found)
+        if any(self._documents[key] is None for key in found):
             # It was claimed after the snapshot: see `MongoGraph._union`.
             raise _AgainError("another worker claimed a device")
         return set(map(int.from_bytes, found))
 
     def barred(self, pairs: Collection[tuple[int, int]]) -> set[tuple[int, int]]:
-        self._load_timelines({_key(timeline) for timeline, _ in pairs})
+        self._load({_key(timeline) for timeline, _ in pairs})
         found = set()
         for timeline, identifier in pairs:
-            document = self._timelines[_key(timeline)]
+            document = self._documents[_key(timeline)]
             if document is not None and _key(identifier) in document.get("barred", ()):
                 found.add((timeline, identifier))
         return found
@@ -1418,53 +1428,44 @@ class _MongoStore:
 
     # ---------------------------------------------------------------- identifiers
 
-    def _load_identifiers(self, keys: Iterable[bytes]) -> None:
-        missing = [key for key in keys if key not in self._identifiers]
-        if missing:
-            self._identifiers.update(dict.fromkeys(missing))
-            for document in self._db["identifiers"].find(
-                {"_id": {"$in": missing}}, session=self._session, batch_size=20_000
-            ):
-                self._identifiers[document["_id"]] = document
-
     def _digests(self, identifiers: Iterable[Identifier]) -> dict[Identifier, bytes]:
         digest = self._workspace.digest
         return {identifier: digest(*identifier) for identifier in identifiers}
 
     def identifiers(self, identifiers: Collection[Identifier]) -> dict[Identifier, Known]:
         keys = self._digests(identifiers)
-        self._load_identifiers(keys.values())
+        self._load(keys.values())
         return {
             identifier: _known(document)
             for identifier, key in keys.items()
-            if (document := self._identifiers[key]) is not None and "t" in document
+            if (document := self._documents[key]) is not None and "t" in document
         }
 
     def held(self, handles: Collection[int]) -> dict[int, tuple[Identifier, Known]]:
         keys = {_key(handle): handle for handle in handles}
-        self._load_identifiers(keys)
+        self._load(keys)
         return {
             handle: (Identifier(document["t"], document["value"]), _known(document))
             for key, handle in keys.items()
-            if (document := self._identifiers[key]) is not None and "t" in document
+            if (document := self._documents[key]) is not None and "t" in document
         }
 
     def seen_as(self, identifiers: Collection[int]) -> dict[int, str]:
         keys = {_key(handle): handle for handle in identifiers}
-        self._load_identifiers(keys)
+        self._load(keys)
         return {
             handle: str(document.get("as", document["value"]))
             for key, handle in keys.items()
-            if (document := self._identifiers[key]) is not None and "t" in document
+            if (document := self._documents[key]) is not None and "t" in document
         }
 
     def add_identifiers(self, seen: Mapping[Identifier, tuple[Seen, str]]) -> dict[Identifier, int]:
         made = {}
         keys = self._digests(seen)
-        self._load_identifiers(keys.values())
+        self._load(keys.values())
         for identifier, (sighting, value) in seen.items():
             key = keys[identifier]
-            before = self._identifiers[key] or {}
+            before = self._documents[key] or {}
             document = {
                 "_id": key,
                 "w": self._workspace.name,
@@ -1472,17 +1473,17 @@ class _MongoStore:
                 "value": identifier.value,
             }
             document.update({name: before[name] for name in ("gone", "v") if name in before})
-            self._identifiers[key] = document
+            self._documents[key] = document
             made[identifier] = int.from_bytes(key)
             self._set_seen(key, sighting, value)
         return made
 
     def _identifier(self, key: bytes) -> _Document:
         """The document of a known identifier, to be changed."""
-        self._load_identifiers([key])
-        document = self._identifiers[key]
+        self._load([key])
+        document = self._documents[key]
         assert document is not None
-        self._changed_identifiers.add(key)
+        self._changed.add(key)
         return document
 
     def _set_seen(self, key: bytes, sighting: Seen, value: str) -> None:
@@ -1500,7 +1501,7 @@ class _MongoStore:
             self._set_seen(_key(handle), sighting, value)
 
     def set_persons(self, persons: Mapping[int, tuple[int, int]]) -> None:
-        self._load_identifiers(map(_key, persons))
+        self._load(map(_key, persons))
         for handle, (component, canonical) in persons.items():
             document = self._identifier(_key(handle))
             document["c"] = _key(component)
@@ -1540,11 +1541,11 @@ class _MongoStore:
 
     def traits(self, identifiers: Collection[int]) -> dict[int, dict[str, Trait]]:
         keys = {_key(handle): handle for handle in identifiers}
-        self._load_identifiers(keys)
+        self._load(keys)
         return {
             handle: {name: _trait(rest) for name, *rest in document["traits"]}
             for key, handle in keys.items()
-            if (document := self._identifiers[key]) is not None and document.get("traits")
+            if (document := self._documents[key]) is not None and document.get("traits")
         }
 
     def put_traits(self, traits: Mapping[int, Mapping[str, Trait]]) -> None:
@@ -1556,11 +1557,11 @@ class _MongoStore:
 
     def forgotten(self, identifiers: Collection[Identifier]) -> dict[Identifier, int]:
         keys = self._digests(identifiers)
-        self._load_identifiers(keys.values())
+        self._load(keys.values())
         return {
             identifier: document["gone"]
             for identifier, key in keys.items()
-            if (document := self._identifiers[key]) is not None and "gone" in document
+            if (document := self._documents[key]) is not None and "gone" in document
         }
 
     def forget(self, identifiers: Mapping[Identifier, int], until: int) -> None:
@@ -1579,16 +1580,16 @@ class _MongoStore:
                 self._claimant_writes[key + _key(timeline)] = False
             self._gone_subjects.add(key)
         keys = self._digests(identifiers)
-        self._load_identifiers(keys.values())
+        self._load(keys.values())
         for key in keys.values():
-            before = self._identifiers[key] or {}
-            self._identifiers[key] = {
+            before = self._documents[key] or {}
+            self._documents[key] = {
                 "_id": key,
                 "w": self._workspace.name,
                 "gone": max(until, before.get("gone", until)),
                 **({"v": before["v"]} if before else {}),
             }
-            self._changed_identifiers.add(key)
+            self._changed.add(key)
 
     # ---------------------------------------------------------------- rows
 
@@ -1635,10 +1636,10 @@ class _MongoStore:
         packed_id = pack_id(message_id)
         tail = packed_id if isinstance(packed_id, bytes) else _hashed(message_id)
         for document in self._db["claims"].find({}, {"m": 1}, session=self._session):
-            if document["_id"].endswith(tail):
-                key = document["_id"][:DIGEST]
-                self._load_timelines([key])
-                timeline = self._timelines[key]
+            key = document["_id"][:DIGEST]
+            if document["_id"].endswith(tail) and not key[-1] & 1:
+                self._load([key])
+                timeline = self._documents[key]
                 if timeline is not None and timeline["w"] == workspace.name:
                     at = int.from_bytes(document["_id"][DIGEST : DIGEST + 8])
                     found.append(Sighting(int.from_bytes(key), at, ()))
@@ -1676,21 +1677,22 @@ class _MongoStore:
         self._numbers = (number + 1, left - 1)
         return number
 
-    def _final_version(self) -> int:
+    @property
+    def version(self) -> int:
+        """What this transaction writes into all that it locks: later than its updates."""
         if not self._version:
             self._version = self.next_sequence()
         return self._version
 
     def versions(self, subjects: Collection[int]) -> dict[int, int]:
         found = {}
-        changed = self._locked | self._changed_timelines | self._changed_identifiers
+        changed = self._locked | self._changed
         for subject in subjects:
             key = _key(abs(subject))
             if key in changed:
-                found[subject] = self._final_version()
+                found[subject] = self.version
                 continue
-            held = self._timelines if subject > 0 else self._identifiers
-            found[subject] = (held.get(key) or {}).get("v", 0)
+            found[subject] = (self._documents.get(key) or {}).get("v", 0)
         return found
 
     def emit(self, updates: Iterable[UpdateByCriteria]) -> None:
@@ -1705,23 +1707,6 @@ class _MongoStore:
 
 
 _NO_ROWS = Rows({}, {})
-
-
-def _writes(
-    documents: Mapping[bytes, _Document | None], changed: Collection[bytes], version: int
-) -> tuple[list[Any], list[_Document]]:
-    """What replaces changed documents; and those that must not be there yet, to be inserted."""
-    writes: list[Any] = []
-    new: list[_Document] = []
-    for key in changed:
-        document = documents[key]
-        assert document is not None
-        made = {**document, "v": version}
-        if "v" in document:
-            writes.append(ReplaceOne({"_id": key}, made))
-        else:
-            new.append(made)
-    return writes, new
 
 
 # -------------------------------------------------------------------- keys and documents
@@ -1764,6 +1749,25 @@ def _short(packed: bytes, kind: int) -> bytes:
     if kind == UUID_US:
         return moment + packed[5:]
     return moment + hashlib.blake2b(packed, digest_size=16).digest()
+
+
+def _row_ranges(
+    windows: Mapping[int, tuple[int, int]], days: Iterable[int]
+) -> list[tuple[str, Any, Any]]:
+    """Where the rows of subjects in their windows are, of these days: collections and keys."""
+    by_name: dict[str, list[int]] = {}
+    for day in sorted(days):
+        by_name.setdefault(_ROWS[day // PERIOD % SLOTS], []).append(day)
+    ranges: list[tuple[str, Any, Any]] = []
+    for handle, (start, end) in windows.items():
+        subject = _key(abs(handle))
+        for name, held in by_name.items():
+            i, j = bisect_left(held, start // DAY), bisect_right(held, (end - 1) // DAY)
+            if i < j:
+                low = subject + held[i].to_bytes(3) + bytes(3 + _REST)
+                high = subject + held[j - 1].to_bytes(3) + b"\xff" * (3 + _REST)
+                ranges.append((name, low, high))
+    return ranges
 
 
 def _chunk(prefix: bytes, rests: Sequence[bytes], chunk: Mapping[bytes, bytes]) -> _Document:
