@@ -57,8 +57,10 @@ the same length, because BSON compares the lengths of binaries first.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import heapq
+import json
 import logging
 import random
 import secrets
@@ -159,6 +161,9 @@ _CLUSTERED = ("claims", *_ROWS)
 _PLAIN = ("subjects", "links", "outbox", "dead", "meta")
 COLLECTIONS = (*_PLAIN, *_CLUSTERED)
 
+# Bytes of the shard key of collections other than rows.
+_KEY_SIZES = {"subjects": DIGEST, "links": DIGEST, "claims": DIGEST + 24}
+
 # Message references of one document, so that none comes near the 16 MB that BSON allows.
 _CHUNK = 2_000
 
@@ -209,7 +214,7 @@ class MongoGraph(StoredGraph):
             with _translated():
                 name = uri_parser.parse_uri(url, warn=False)["database"] or "recognition"
                 self._db = _database(self._client, name)
-                _check_server(self._client)
+                self._is_cluster = _check_server(self._client)
                 self._salt = _prepare(self._db)
         except BaseException:
             self._client.close()
@@ -219,6 +224,79 @@ class MongoGraph(StoredGraph):
     def from_url(cls, url: str, **options: Any) -> Self:
         """``mongodb://host:port/database?replicaSet=name``, as the driver reads it."""
         return cls(url, **options)
+
+    @classmethod
+    def initialise(cls, url: str, *, sharded: bool = False, run: bool = True) -> list[str]:
+        """
+        Make what is missing in the database; the second time it changes nothing.
+
+        Args:
+            url: As for the class.
+            sharded: Distribute the collections too: the commands are returned, and carried out
+                where the URL leads to a sharded cluster (role ``clusterManager``).
+            run: ``False``: nothing is made, the commands are returned.
+
+        Returns:
+            What was done, or is to be done in mongosh, a line each.
+        """
+        if run:
+            with cls(url) as graph:
+                lines = [f"database {graph._db.name}: {len(COLLECTIONS)} collections are there"]
+                if sharded and graph._is_cluster:
+                    lines.append(_shard(graph._client, graph._db.name))
+                elif sharded:
+                    lines.append("this is no sharded cluster; on one, these are the commands:")
+                    lines.extend(map(_as_typed, _sharding(graph._db.name)))
+            return lines
+        name = uri_parser.parse_uri(url, warn=False)["database"] or "recognition"
+        return [_as_typed(command) for command in _sharding(name)] if sharded else []
+
+    def check(self) -> list[str]:
+        """What is wrong with the database, a line each; nothing: all is as it should be."""
+        with _translated():
+            found = _differences(self._db)
+            left = self._db["outbox"].count_documents({"_id": {"$lt": 0}})
+        if left:
+            found.append(
+                f"{left} decisions wait for their second look; workers that are alive take them"
+                f" over after {self._grace:g} s"
+            )
+        return found
+
+    def compact(self) -> int:
+        """
+        Remove the rows of days that `expire` dropped from collections that hold other days too.
+
+        Reads all rows: not for the hot path. Returns the number of documents removed.
+        """
+        kept = self._patiently(self._kept_days)
+        removed = 0
+        for name in _ROWS:
+            old: list[Any] = []
+            for document in self._db[name].find({}, {"_id": 1}, batch_size=20_000):
+                key = document["_id"]
+                if _day(key) not in kept.get(_slot(key) // 4, ()):
+                    old.append(DeleteOne({"_id": key}))
+                if len(old) == _CHUNK:
+                    removed += self._remove(name, old)
+                    old = []
+            removed += self._remove(name, old)
+        return removed
+
+    def _remove(self, name: str, writes: Sequence[Any]) -> int:
+        if not writes:
+            return 0
+        return self._patiently(
+            lambda: self._db[name].bulk_write(writes, ordered=False).deleted_count
+        )
+
+    def _kept_days(self) -> dict[int, set[int]]:
+        """The days that have rows, by the number of their place."""
+        return {
+            place["n"]: set(found.get("days", ()))
+            for found in self._db["meta"].find({"places": {"$exists": True}})
+            for place in found["places"]
+        }
 
     def close(self) -> None:
         """See `Graph.close`."""
@@ -827,11 +905,7 @@ class MongoGraph(StoredGraph):
 
     def _stats(self) -> GraphStats:
         db = self._db
-        kept = {
-            place["n"]: set(found.get("days", ()))
-            for found in db["meta"].find({"places": {"$exists": True}})
-            for place in found["places"]
-        }
+        kept = self._kept_days()
         references = devices = 0
         last = b""
         # All in the order of their digests, so that each is counted once.
@@ -914,6 +988,10 @@ class MongoGraph(StoredGraph):
 
     def _empty(self, name: str) -> None:
         if self._db[name].find_one({}, {"_id": 1}) is None:
+            return
+        if self._is_cluster:
+            # An empty collection in its place would not be distributed any more.
+            self._db[name].delete_many({})
             return
         spare = f"{name}_new"
         self._db.drop_collection(spare)
@@ -1528,7 +1606,7 @@ class _MongoStore:
         for other in absorbed:
             for link in self._links[other].values():
                 key = _link_key(other, *link[:3])
-                self._link_writes[key] = DeleteOne({"_id": key})
+                self._link_writes[key] = DeleteOne({"_id": key, "c": key[:DIGEST]})
                 moved.append(link)
             self._links[other] = {}
         self._components.update((component, *absorbed))
@@ -1571,7 +1649,7 @@ class _MongoStore:
             for link in links:
                 if link.a in handles or link.b in handles:
                     key = _link_key(component, *link[:3])
-                    self._link_writes[key] = DeleteOne({"_id": key})
+                    self._link_writes[key] = DeleteOne({"_id": key, "c": key[:DIGEST]})
                     del self._links[component][link.a, link.b, link.alias]
             self._components.add(component)
         for handle in handles:
@@ -1975,7 +2053,8 @@ def _database(client: MongoClient[_Document], name: str) -> Database[_Document]:
     )
 
 
-def _check_server(client: MongoClient[_Document]) -> None:
+def _check_server(client: MongoClient[_Document]) -> bool:
+    """Whether it is a sharded cluster."""
     hello = client.admin.command("hello")
     version = hello.get("maxWireVersion", 0)
     if version < 17:  # 6.0
@@ -1989,6 +2068,7 @@ def _check_server(client: MongoClient[_Document]) -> None:
             " and no majority. Start it with --replSet rs0 and run once, in mongosh:"
             " rs.initiate(); one member is enough. Nothing was written."
         )
+    return bool(hello.get("msg") == "isdbgrid")
 
 
 def _prepare(database: Database[_Document]) -> bytes:
@@ -1998,7 +2078,67 @@ def _prepare(database: Database[_Document]) -> bytes:
         _initialise(database)
         schema = database["meta"].find_one({"_id": "schema"}) or {}
     _check_schema(schema)
+    if wrong := _differences(database):
+        raise GraphSchemaError(
+            f"the database is not as a graph needs it: {'; '.join(wrong)}."
+            " Run `recognition graph init`. Nothing was written."
+        )
     return bytes(schema["salt"])
+
+
+def _differences(database: Database[_Document]) -> list[str]:
+    """What `_initialise` would have made otherwise."""
+    there = {found["name"]: found.get("options", {}) for found in database.list_collections()}
+    wrong = [f"collection {name} is missing" for name in COLLECTIONS if name not in there]
+    for name in COLLECTIONS:
+        if name in there and (name in _CLUSTERED) != ("clusteredIndex" in there[name]):
+            wanted = "clustered by _id" if name in _CLUSTERED else "an ordinary one"
+            wrong.append(f"collection {name} is not {wanted}")
+    return wrong
+
+
+def _sharding(name: str, chunks: int = 16) -> list[dict[str, Any]]:
+    """
+    The commands that distribute a graph: ranges of digests, which are random from the first byte.
+
+    Whatever is read or written in the hot path names a digest, and so one shard. `outbox`, `dead`
+    and `meta` stay on the first shard: they are small, and read in order.
+    """
+    commands: list[dict[str, Any]] = []
+    for collection in ("subjects", "links", "claims", *_ROWS):
+        key = "c" if collection == "links" else "_id"
+        commands.append({"shardCollection": f"{name}.{collection}", "key": {key: 1}})
+        size = _KEY_SIZES.get(collection, DIGEST + 6 + _REST)
+        for part in range(1, chunks):
+            middle = bytes((part * 256 // chunks,)) + bytes(size - 1)
+            commands.append({"split": f"{name}.{collection}", "middle": {key: middle}})
+    return commands
+
+
+def _shard(client: MongoClient[_Document], name: str) -> str:
+    commands = _sharding(name)
+    with _translated():
+        for command in commands:
+            try:
+                client.admin.command(command)
+            except OperationFailure as exc:
+                # Sharded with this key before, or split at this key: what the second time finds.
+                if exc.code not in (20, 23, 72):
+                    raise
+    return f"{len(commands)} commands to distribute the collections were carried out"
+
+
+def _as_typed(command: Mapping[str, Any]) -> str:
+    """A command as mongosh takes it."""
+
+    def typed(value: Any) -> str:
+        if isinstance(value, bytes):
+            return f'BinData(0, "{base64.b64encode(value).decode()}")'
+        if isinstance(value, Mapping):
+            return "{" + ", ".join(f"{k}: {typed(v)}" for k, v in value.items()) + "}"
+        return json.dumps(value)
+
+    return f"db.adminCommand({typed(command)})"
 
 
 def _check_schema(schema: Mapping[str, Any]) -> None:
