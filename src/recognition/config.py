@@ -143,7 +143,7 @@ class Settings(_Table):
     workspace: Annotated[str, Field(min_length=1, max_length=255)] = "default"
     """The isolation key: nothing is ever linked across two workspaces."""
     graph: Annotated[str, Field(repr=False)] = "sqlite:///recognition.db"
-    """The URL of the graph: `sqlite:///path` or `memory://`."""
+    """The URL of the graph: `sqlite:///path`, `mongodb://host/database` or `memory://`."""
     sink: Annotated[str | None, Field(repr=False)] = None
     """The URL of the sink. Without one, updates stay in the graph's outbox."""
     policy: Policy = Policy.DEVICE_SPLIT
