@@ -206,7 +206,6 @@ class MongoGraph(StoredGraph):
         self._grace = grace
         self._closed = False
         self._lock = threading.Lock()
-        self._next_look = 0.0
         self._workspaces: dict[str, _Workspace] = {}
         self._known_days = _Recent(200_000)
         self._client = _connect(url, timeout)
@@ -354,11 +353,11 @@ class MongoGraph(StoredGraph):
             The number of updates emitted.
         """
         now = time.monotonic()
-        with self._lock:
-            if now < self._next_look:
-                return 0
-            self._next_look = now + every
         workspace = self._workspace(rules.workspace)
+        with self._lock:
+            if every and now < workspace.next_look:
+                return 0
+            workspace.next_look = now + every
         chosen = {"_id": {"$lt": 0}, "w": rules.workspace}
         emitted = 0
         with self._client.start_session(causal_consistency=True) as session:
@@ -1012,6 +1011,7 @@ class _Workspace:
     days: set[int] | None = None
     devices: dict[str, bytes] = field(default_factory=dict)
     sweeps: dict[int, float] = field(default_factory=dict)
+    next_look: float = 0.0
 
     def take_in(self, found: Mapping[str, Any]) -> None:
         """What the database holds of it now."""
