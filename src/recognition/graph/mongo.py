@@ -400,10 +400,15 @@ class MongoGraph(StoredGraph):
             )
             subjects = workspace.subjects(batch)
             if light:
-                store = _MongoStore(self, workspace, session, announced, subjects)
+
+                def lightly() -> tuple[_MongoStore, _Result]:
+                    # A new one each time: what was asked for and not answered is not "not there".
+                    store = _MongoStore(self, workspace, session, announced, subjects)
+                    return store, work(store)
+
                 # Somebody who was forgotten between two reads is missed: then in a transaction.
                 with suppress(LookupError):
-                    result = self._patiently(lambda: work(store))
+                    store, result = self._patiently(lightly)
                     if not store.has_changes:
                         return result, 0
             deadline = time.monotonic() + self._timeout
@@ -763,8 +768,13 @@ class MongoGraph(StoredGraph):
         """What is known of rows, but for what the documents of these keys say."""
         meta = _meta(workspace.name)
         documents: Iterable[_Document]
-        # What another worker noted in the meantime is not missed in a decision: rule 6 looks again.
-        if workspace.days is None or not session.in_transaction:
+        # Rows of a device that another worker noted in the meantime are not missed in a decision:
+        # rule 6 looks again. Those of an identified person are read here alone.
+        if (
+            workspace.days is None
+            or not session.in_transaction
+            or any(handle < 0 for handle in windows)
+        ):
             used = set(workspace.days or ())
             ranges = [("meta", meta, meta), *_row_ranges(windows, used)]
             first, *documents = [*self._union(ranges, session), {}]
@@ -1010,6 +1020,7 @@ class _Workspace:
     noted_days: set[int] = field(default_factory=set)
     days: set[int] | None = None
     devices: dict[str, bytes] = field(default_factory=dict)
+    identifiers: dict[Identifier, bytes] = field(default_factory=dict)
     sweeps: dict[int, float] = field(default_factory=dict)
     next_look: float = 0.0
 
@@ -1030,6 +1041,15 @@ class _Workspace:
             found = self.devices[anonymous_id] = self.digest(ANONYMOUS, anonymous_id)
         return found
 
+    def known(self, identifier: Identifier) -> bytes:
+        """The digest of a known identifier; those that were asked for last are kept."""
+        found = self.identifiers.get(identifier)
+        if found is None:
+            if len(self.identifiers) > 50_000:
+                self.identifiers = {}
+            found = self.identifiers[identifier] = self.digest(*identifier)
+        return found
+
     def subjects(self, batch: Iterable[Observation]) -> set[bytes]:
         """Everybody whom a batch names: what a decision about it asks for first."""
         found = set()
@@ -1037,7 +1057,7 @@ class _Workspace:
             if o.anonymous_id is not None:
                 found.add(self.device(o.anonymous_id))
             for identifier in o.known:
-                found.add(self.digest(*identifier))
+                found.add(self.known(identifier))
             if o.previous_id is not None:
                 found.add(self.device(o.previous_id))
                 found.add(self.digest(decisions.USER_ID, o.previous_id))
@@ -1279,19 +1299,18 @@ class _MongoStore:
                 continue
             low, high = windows[handle]
             whole = document.get("ended") or (low <= BEGINNING and high >= END)
+            if not whole and low > (last := _last(document))[0][0] and "many" not in document:
+                found[handle] = [_claim(c) for c in last]  # the usual case
+                continue
             ends = sorted({_claim(c) for c in (*document["first"], *_last(document))})
             if key in self._whole:
                 found[handle] = self._whole[key]
-            elif document["n"] == len(ends):
+            elif document["n"] == len(ends) and "many" not in document:
                 found[handle] = ends
                 if whole:
                     self._whole[key] = ends
             elif whole:
                 wanted[key] = (BEGINNING, END)
-            elif document.get("many"):
-                wanted[key] = (low, high)
-            elif low > _last(document)[0][0]:
-                found[handle] = [_claim(c) for c in _last(document)]
             else:
                 wanted[key] = (low, high)
         read = self._read_claims(wanted)
@@ -1507,8 +1526,8 @@ class _MongoStore:
     # ---------------------------------------------------------------- identifiers
 
     def _digests(self, identifiers: Iterable[Identifier]) -> dict[Identifier, bytes]:
-        digest = self._workspace.digest
-        return {identifier: digest(*identifier) for identifier in identifiers}
+        known = self._workspace.known
+        return {identifier: known(identifier) for identifier in identifiers}
 
     def identifiers(self, identifiers: Collection[Identifier]) -> dict[Identifier, Known]:
         keys = self._digests(identifiers)
