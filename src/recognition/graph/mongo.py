@@ -167,6 +167,9 @@ _KEY_SIZES = {"subjects": DIGEST, "links": DIGEST, "claims": DIGEST + 24}
 # Message references of one document, so that none comes near the 16 MB that BSON allows.
 _CHUNK = 2_000
 
+# Windows of one sweep, for the same reason.
+_WINDOWS = 50_000
+
 # Parts of one aggregation; MongoDB allows 1,000 stages in it.
 _UNION = 500
 
@@ -368,7 +371,7 @@ class MongoGraph(StoredGraph):
                     windows = {
                         _handle(key): (start, end) for key, start, end in document["windows"]
                     }
-                    sweep = _Sweep(document["_id"], windows, (), {}, set())
+                    sweep = _Sweep([document["_id"]], windows, (), {}, set())
                     emitted += self._sweep(workspace, rules, sweep, session)
         return emitted
 
@@ -429,7 +432,7 @@ class MongoGraph(StoredGraph):
                 time.sleep(random.uniform(0, min(0.002 * 2 ** min(attempt, 7), 0.25)))
             if store.windows and store.has_changes:
                 sweep = _Sweep(
-                    -store.version, store.windows, announced, store.rows_seen, store.tables_seen
+                    store.sweep_ids, store.windows, announced, store.rows_seen, store.tables_seen
                 )
                 try:
                     late = self._sweep(workspace, rules, sweep, session)
@@ -521,7 +524,7 @@ class MongoGraph(StoredGraph):
             _log.debug("rows of %d subjects came while they were decided", len(missed))
         # Not majority: a sweep that comes back is done again, which changes nothing.
         outbox = self._db["outbox"].with_options(write_concern=WriteConcern(1))
-        self._patiently(lambda: outbox.delete_one({"_id": sweep.id}))
+        self._patiently(lambda: outbox.delete_many({"_id": {"$in": sweep.ids}}))
         return emitted
 
     @contextmanager
@@ -1086,7 +1089,7 @@ class _Recent:
 class _Sweep(NamedTuple):
     """What changed hands in a decision, and what it saw of the rows in there."""
 
-    id: int
+    ids: Sequence[int]
     windows: Mapping[int, tuple[int, int]]
     own: Collection[bytes]
     rows_seen: Mapping[int, Rows]
@@ -1126,6 +1129,7 @@ class _MongoStore:
         self._unread = subjects
         self._reads_only = reads_only
         self.windows: dict[int, tuple[int, int]] = {}
+        self.sweep_ids: list[int] = []
         self.rows_seen: dict[int, Rows] = {}
         self.tables_seen: set[str] = set()
         self._tables: set[str] | None = None
@@ -1219,9 +1223,11 @@ class _MongoStore:
             }
             for update in self._updates
         ]
-        if self.windows:
-            windows = [[_key(abs(h)), start, end] for h, (start, end) in self.windows.items()]
-            outgoing.append({"_id": -version, "w": self._workspace.name, "windows": windows})
+        windows = [[_key(abs(h)), start, end] for h, (start, end) in self.windows.items()]
+        for start in range(0, len(windows), _WINDOWS):
+            self.sweep_ids.append(-self.next_sequence())
+            part = windows[start : start + _WINDOWS]
+            outgoing.append({"_id": self.sweep_ids[-1], "w": self._workspace.name, "windows": part})
         if outgoing:
             db["outbox"].insert_many(outgoing, session=session)
 
