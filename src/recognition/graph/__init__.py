@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import NamedTuple, Protocol, Self, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
-from recognition.errors import MissingDependencyError, UnknownSchemeError
+from recognition.errors import (
+    ConfigurationError,
+    GraphError,
+    MissingDependencyError,
+    UnknownSchemeError,
+)
 from recognition.events import Identifier
 from recognition.graph import decisions
 from recognition.graph.decisions import Observation, Outcome, Owner, Receipt
@@ -24,6 +29,9 @@ from recognition.graph.explaining import Explanation, explain
 from recognition.graph.store import Store
 from recognition.messages import UpdateByCriteria
 from recognition.rules import Rules
+
+if TYPE_CHECKING:
+    from recognition.graph.moving import Record
 
 __all__ = [
     "Delivery",
@@ -35,6 +43,7 @@ __all__ = [
     "Owner",
     "Receipt",
     "StoredGraph",
+    "initialise_graph",
     "open_graph",
 ]
 
@@ -132,6 +141,49 @@ class Graph(Protocol):
     def rehearse(self) -> Graph:
         """A graph over this one that keeps all it writes to itself; close it when done."""
 
+    def export(self) -> Iterator[Record]:
+        """
+        Everything that the graph holds, as `recognition.graph.moving` defines it, of one moment.
+
+        It is read while it is taken, in bounded memory. Others may write meanwhile; what they
+        write is not in it. Leases are not: what is leased is told as waiting.
+
+        Raises:
+            GraphError: This kind of graph cannot be exported.
+        """
+
+    def take_in(self, records: Iterable[Record], *, restart: bool = False) -> int:
+        """
+        Fill an empty graph with what another one has exported.
+
+        It is written in parts of bounded size. Until the last of them the graph refuses everything
+        else: also in other processes, and also when this call ended half-way.
+
+        Args:
+            records: As `export` gives them.
+            restart: Begin anew where an earlier call did not come to its end.
+
+        Returns:
+            The number of records.
+
+        Raises:
+            ConfigurationError: The graph is not empty, or an earlier call did not come to its end
+                and ``restart`` is not set. Nothing was written.
+            InputError: A record is wrong, or some are missing; ``written`` says whether a part is
+                in the graph by now.
+            GraphError: This kind of graph takes none in.
+        """
+
+    def check(self) -> list[str]:
+        """What is wrong with what is stored, a sentence each. Reads all of it, writes nothing."""
+
+    def compact(self) -> int:
+        """
+        Drop what nothing needs any more, and give its space back; gives the bytes that came free.
+
+        Changes no answer. It may take long, and keeps writers waiting where the storage does.
+        """
+
     def close(self) -> None:
         """Let go of what is open. The second time does nothing."""
 
@@ -193,6 +245,22 @@ class StoredGraph(ABC):
 
         return MemoryGraph(below=self._reader)
 
+    def export(self) -> Iterator[Record]:
+        """See `Graph.export`."""
+        raise GraphError(f"a {type(self).__name__} cannot be exported. Nothing was written.")
+
+    def take_in(self, records: Iterable[Record], *, restart: bool = False) -> int:
+        """See `Graph.take_in`."""
+        raise GraphError(f"a {type(self).__name__} takes no other graph in. Nothing was written.")
+
+    def check(self) -> list[str]:
+        """See `Graph.check`."""
+        return []
+
+    def compact(self) -> int:
+        """See `Graph.compact`."""
+        return 0
+
     @abstractmethod
     def close(self) -> None:
         """See `Graph.close`."""
@@ -223,6 +291,42 @@ def open_graph(url: str, **options: object) -> Graph:
         UnknownSchemeError: No such graph is installed; the text lists those that are.
         MissingDependencyError: Its driver is not installed; the text has the command.
     """
+    graph: Graph = _find(url).from_url(url, **options)
+    return graph
+
+
+def initialise_graph(url: str, *, sharded: bool = False, run: bool = True) -> list[str]:
+    """
+    Make what the graph of a URL needs before it is used; what is there already is left alone.
+
+    A graph that has something to prepare says so by a class method ``initialise(url, *, sharded,
+    run)``, which gives the lines to be shown; all others are made by opening them.
+
+    Args:
+        url: As `open_graph` takes it.
+        sharded: Spread it over the shards of a cluster.
+        run: Do it. Otherwise it is only said what would be done.
+
+    Returns:
+        What was done, or would be, in lines for people.
+
+    Raises:
+        ConfigurationError: This kind of graph cannot be sharded; nothing was written.
+    """
+    found = _find(url)
+    if hasattr(found, "initialise"):
+        lines: list[str] = found.initialise(url, sharded=sharded, run=run)
+        return lines
+    if sharded:
+        raise ConfigurationError("this kind of graph has no shards. Nothing was written.")
+    if not run:
+        return ["the graph is made when it is opened first; nothing else is needed"]
+    found.from_url(url).close()
+    return ["the graph is ready"]
+
+
+def _find(url: str) -> Any:
+    """The class that opens a URL."""
     scheme = url.split(":", 1)[0].split("+", 1)[0].lower()
     installed = {point.name: point for point in entry_points(group="recognition.graphs")}
     if scheme in _BUILT_IN:
@@ -247,5 +351,4 @@ def open_graph(url: str, **options: object) -> Graph:
         raise UnknownSchemeError(
             f"no graph is installed for the scheme {scheme!r}{hint}; there are: {', '.join(names)}"
         )
-    graph: Graph = opener.from_url(url, **options)
-    return graph
+    return opener

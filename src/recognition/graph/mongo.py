@@ -73,6 +73,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, Self, TypeVar
 
+import bson
 from bson import Int64
 from pymongo import (
     DeleteOne,
@@ -118,12 +119,14 @@ from recognition.graph import (
     StoredGraph,
     decisions,
 )
+from recognition.graph.moving import Record
 from recognition.graph.packing import (
     DIGEST,
     TEXT,
     UUID_MS,
     UUID_US,
     digester,
+    earlier_digester,
     pack,
     pack_id,
     unpack,
@@ -164,8 +167,10 @@ COLLECTIONS = (*_PLAIN, *_CLUSTERED)
 # Bytes of the shard key of collections other than rows.
 _KEY_SIZES = {"subjects": DIGEST, "links": DIGEST, "claims": DIGEST + 24}
 
-# Message references of one document, so that none comes near the 16 MB that BSON allows.
+# Message references of one document, and their bytes, so that none comes near the 16 MB that BSON
+# allows.
 _CHUNK = 2_000
+_CHUNK_BYTES = 2**18
 
 # Windows of one sweep, for the same reason.
 _WINDOWS = 50_000
@@ -176,7 +181,7 @@ _UNION = 500
 # Claims at the first and the last instant of a timeline that its own document holds.
 _ENDS = 16
 
-# Numbers that one decision takes from the sequence at a time.
+# Numbers that one decision takes from the sequence at first; each time after that four times more.
 _NUMBERS = 256
 
 _DAY_KIND = 3
@@ -194,14 +199,15 @@ class MongoGraph(StoredGraph):
         url: ``mongodb://`` or ``mongodb+srv://``, with the database in its path (``recognition``,
             where it has none) and the driver's options.
         timeout: How long a call goes on trying while no primary can be reached, in seconds.
-        grace: After how long the sweep of a worker is taken to be left behind, in seconds of the
-            server's clock. Doing it twice does no harm.
+        grace: After how long the sweep of a worker is taken to be left behind, in seconds since
+            this graph saw it first. Doing it twice does no harm.
 
     Raises:
         GraphUnavailableError: No server was reached; nothing was written.
         GraphSchemaError: The database holds a foreign or another version's schema.
         GraphReadOnlyError: The user may not do what is needed.
-        ConfigurationError: The URL is none, the server is too old, or is no replica set.
+        ConfigurationError: The URL is none, its user or password is refused, or the server is too
+            old or no replica set.
     """
 
     def __init__(self, url: str, *, timeout: float = 30.0, grace: float = 10.0) -> None:
@@ -217,7 +223,10 @@ class MongoGraph(StoredGraph):
                 name = uri_parser.parse_uri(url, warn=False)["database"] or "recognition"
                 self._db = _database(self._client, name)
                 self._is_cluster = _check_server(self._client)
-                self._salt = _prepare(self._db)
+                schema = _prepare(self._db)
+                self._salt = bytes(schema["salt"])
+                self._has_earlier = bool(schema.get("earlier"))
+                self._unfinished = bool(schema.get("taking_in"))
         except BaseException:
             self._client.close()
             raise
@@ -253,8 +262,44 @@ class MongoGraph(StoredGraph):
         name = uri_parser.parse_uri(url, warn=False)["database"] or "recognition"
         return [_as_typed(command) for command in _sharding(name)] if sharded else []
 
+    def export(self) -> Iterator[Record]:
+        """See `Graph.export`. The server keeps its moment for five minutes, where nothing else is
+        set (``minSnapshotHistoryWindowInSeconds``)."""
+        from recognition.graph import mongo_moving
+
+        self._check_open()
+        with _translated(), self._client.start_session(snapshot=True) as session:
+            yield from mongo_moving.export(self, session)
+
+    def take_in(self, records: Iterable[Record], *, restart: bool = False) -> int:
+        """See `Graph.take_in`."""
+        from recognition.graph import mongo_moving
+
+        unfinished, self._unfinished = self._unfinished, False
+        self._check_open()
+        try:
+            with _translated():
+                return mongo_moving.take_in(self, records, restart=restart)
+        except ConfigurationError:  # refused: it is as it was
+            self._unfinished = unfinished
+            raise
+        except BaseException:
+            self._unfinished = True
+            raise
+
+    def _use_salt(self, salt: bytes) -> None:
+        self._salt = salt
+        self._workspaces = {}
+        self._known_days.clear()
+
+    def _remember_earlier(self) -> None:
+        """Somebody was forgotten under an earlier kind of name; see `packing.earlier_digester`."""
+        if not self._has_earlier:
+            self._db["meta"].update_one({"_id": "schema"}, {"$set": {"earlier": True}})
+            self._has_earlier = True
+
     def check(self) -> list[str]:
-        """What is wrong with the database, a line each; nothing: all is as it should be."""
+        """See `Graph.check`."""
         with _translated():
             found = _differences(self._db)
             left = self._db["outbox"].count_documents({"_id": {"$lt": 0}})
@@ -266,31 +311,25 @@ class MongoGraph(StoredGraph):
         return found
 
     def compact(self) -> int:
-        """
-        Remove the rows of days that `expire` dropped from collections that hold other days too.
-
-        Reads all rows: not for the hot path. Returns the number of documents removed.
-        """
+        """See `Graph.compact`: the rows of days that `expire` dropped go."""
         kept = self._patiently(self._kept_days)
-        removed = 0
+        freed = 0
         for name in _ROWS:
             old: list[Any] = []
-            for document in self._db[name].find({}, {"_id": 1}, batch_size=20_000):
+            for document in self._db[name].find({}, batch_size=20_000):
                 key = document["_id"]
                 if _day(key) not in kept.get(_slot(key) // 4, ()):
                     old.append(DeleteOne({"_id": key}))
+                    freed += len(bson.encode(document))
                 if len(old) == _CHUNK:
-                    removed += self._remove(name, old)
+                    self._remove(name, old)
                     old = []
-            removed += self._remove(name, old)
-        return removed
+            self._remove(name, old)
+        return freed
 
-    def _remove(self, name: str, writes: Sequence[Any]) -> int:
-        if not writes:
-            return 0
-        return self._patiently(
-            lambda: self._db[name].bulk_write(writes, ordered=False).deleted_count
-        )
+    def _remove(self, name: str, writes: Sequence[Any]) -> None:
+        if writes:
+            self._patiently(lambda: self._db[name].bulk_write(writes, ordered=False))
 
     def _kept_days(self) -> dict[int, set[int]]:
         """The days that have rows, by the number of their place."""
@@ -364,6 +403,8 @@ class MongoGraph(StoredGraph):
         chosen = {"_id": {"$lt": 0}, "w": rules.workspace}
         emitted = 0
         with self._client.start_session(causal_consistency=True) as session:
+            # Also days that another worker has dropped: their rows are noted again if they come.
+            self._patiently(lambda: self._refresh(workspace, session))
             found = self._patiently(lambda: list(self._db["outbox"].find(chosen, session=session)))
             workspace.sweeps = {d["_id"]: workspace.sweeps.get(d["_id"], now) for d in found}
             for document in found:
@@ -536,6 +577,11 @@ class MongoGraph(StoredGraph):
     def _check_open(self) -> None:
         if self._closed:
             raise GraphError("the graph is closed")
+        if self._unfinished:
+            raise GraphSchemaError(
+                "an import into this graph did not come to its end; what is in it is of no use"
+                " alone. Import again, with --restart. Nothing was written."
+            )
 
     def _patiently(self, work: Callable[[], _Result]) -> _Result:
         """Do what may be done again while no primary can be reached, for as long as is allowed."""
@@ -576,7 +622,14 @@ class MongoGraph(StoredGraph):
     def _refresh(self, workspace: _Workspace, session: ClientSession | None = None) -> None:
         """Read what is known of a workspace."""
         found = self._db["meta"].find_one({"_id": _meta(workspace.name)}, session=session)
-        workspace.take_in(found or {})
+        self._learn(workspace, found or {})
+
+    def _learn(self, workspace: _Workspace, found: Mapping[str, Any]) -> None:
+        """What the database holds of a workspace now; days may be gone, that somebody dropped."""
+        workspace.take_in(found)
+        if not workspace.noted_days <= (workspace.days or set()):
+            workspace.noted_days &= workspace.days or set()
+            self._known_days.clear()
 
     def _note(self, workspace: _Workspace, tables: Collection[str], days: Collection[int]) -> None:
         """Remember tables and days that have rows, before the rows are written."""
@@ -592,20 +645,27 @@ class MongoGraph(StoredGraph):
             workspace.noted_tables |= new_tables
             workspace.tables |= new_tables
             workspace.noted_days |= new_days
-            workspace.days = (workspace.days or set()) | new_days
+            if workspace.days is not None:
+                workspace.days = workspace.days | new_days
 
-    def _place(self, workspace: _Workspace, tables: tuple[str, ...]) -> int:
-        """The number of a combination of tables; one is given where it has none."""
-        if tables not in workspace.places:
-            self._refresh(workspace)
-        while tables not in workspace.places:
-            number = self._count_up("places", 1, self._db["meta"])
-            self._db["meta"].update_one(
-                {"_id": _meta(workspace.name), "places.tables": {"$ne": list(tables)}},
-                {"$push": {"places": {"n": number, "tables": list(tables)}}},
+    def _add_places(self, workspace: _Workspace, wanted: set[tuple[str, ...]]) -> None:
+        """Give a number to each combination of tables that has none."""
+        if wanted <= workspace.places.keys():
+            return
+        self._refresh(workspace)
+        meta = self._db["meta"]
+        while missing := sorted(wanted - workspace.places.keys()):
+            first = self._count_up("places", len(missing), meta) - len(missing) + 1
+            meta.bulk_write(
+                [
+                    UpdateOne(
+                        {"_id": _meta(workspace.name), "places.tables": {"$ne": list(tables)}},
+                        {"$push": {"places": {"n": number, "tables": list(tables)}}},
+                    )
+                    for number, tables in enumerate(missing, first)
+                ]
             )
             self._refresh(workspace)
-        return workspace.places[tables]
 
     def _take_numbers(self, count: int) -> int:
         """The first of so many new numbers, greater than all that were ever taken."""
@@ -648,10 +708,11 @@ class MongoGraph(StoredGraph):
     def _write_references(
         self,
         workspace: _Workspace,
-        references: Iterable[tuple[bytes, tuple[str, ...], str, int]],
+        references: Collection[tuple[bytes, tuple[str, ...], str, int]],
         session: ClientSession,
     ) -> set[bytes]:
         """Insert what is not there; gives the keys of the documents that were not."""
+        self._add_places(workspace, {reference[1] for reference in references})
         # By the beginning of the key, the reference, or several by what ends a key.
         chunks: dict[bytes, bytes | dict[bytes, bytes]] = {}
         places: dict[tuple[tuple[str, ...], int, int], bytes] = {}
@@ -659,7 +720,7 @@ class MongoGraph(StoredGraph):
             day, kind, packed = pack(message_id, at)
             place = places.get((tables, kind, day))
             if place is None:
-                slot = self._place(workspace, tables) * 4 + kind
+                slot = workspace.places[tables] * 4 + kind
                 place = places[tables, kind, day] = day.to_bytes(3) + slot.to_bytes(3)
             prefix = subject + place
             held = chunks.get(prefix)
@@ -684,9 +745,7 @@ class MongoGraph(StoredGraph):
             if isinstance(chunk, bytes):
                 documents.append({"_id": prefix + chunk})
                 continue
-            ordered = sorted(chunk)
-            for start in range(0, len(ordered), _CHUNK):
-                documents.append(_chunk(prefix, ordered[start : start + _CHUNK], chunk))
+            documents.extend(_chunk(prefix, part, chunk) for part in _parts(chunk))
         fresh: set[bytes] = set()
         for name, documents in by_slot.items():
             fresh.update(d["_id"] for d in documents)
@@ -747,10 +806,11 @@ class MongoGraph(StoredGraph):
         days: Collection[tuple[bytes, tuple[str, ...], int]],
         session: ClientSession,
     ) -> set[bytes]:
+        self._add_places(workspace, {tables for _, tables, _ in days})
         fresh: set[bytes] = set()
         keys: dict[str, list[bytes]] = {}
         for subject, tables, day in days:
-            slot = (self._place(workspace, tables) * 4 + _DAY_KIND).to_bytes(3)
+            slot = (workspace.places[tables] * 4 + _DAY_KIND).to_bytes(3)
             key = subject + day.to_bytes(3) + slot + bytes(_REST)
             if key not in self._known_days:
                 keys.setdefault(_rows_of(key[:-_REST]), []).append(key)
@@ -781,7 +841,7 @@ class MongoGraph(StoredGraph):
             used = set(workspace.days or ())
             ranges = [("meta", meta, meta), *_row_ranges(windows, used)]
             first, *documents = [*self._union(ranges, session), {}]
-            workspace.take_in(first if first.get("_id") == meta else {})
+            self._learn(workspace, first if first.get("_id") == meta else {})
             new = (workspace.days or set()) - used
             documents = [d for d in (first, *documents) if isinstance(d.get("_id"), bytes)]
             documents.extend(self._union(_row_ranges(windows, new), session))
@@ -855,6 +915,8 @@ class MongoGraph(StoredGraph):
 
     def lease_updates(self, limit: int, seconds: float) -> list[Delivery]:
         """See `Graph.lease_updates`."""
+        if limit < 1:  # which MongoDB takes for "all"
+            return []
         holder = secrets.token_bytes(DIGEST)
         outbox = self._db["outbox"]
         free = {"_id": {"$gt": 0}, "$expr": {"$lte": ["$until", "$$NOW"]}}
@@ -906,6 +968,8 @@ class MongoGraph(StoredGraph):
 
     def dead_updates(self, limit: int) -> list[tuple[Delivery, str]]:
         """See `Graph.dead_updates`."""
+        if limit < 1:
+            return []
         found = self._patiently(lambda: list(self._db["dead"].find().sort("_id", 1).limit(limit)))
         return [(Delivery(d["_id"], parse_update(d["body"]), d["n"]), d["reason"]) for d in found]
 
@@ -956,23 +1020,34 @@ class MongoGraph(StoredGraph):
         )
 
     def _row_sizes(self, name: str) -> Iterator[tuple[bytes, int]]:
-        """Keys in their order, with the number of references that each holds."""
-        projection = {"r": 1}
-        for document in self._db[name].find({}, projection, batch_size=20_000):
-            kind = document["_id"][DIGEST + 5] & 3
+        """
+        Keys in their order, with the number of references that each holds.
+
+        A batch that came again in other parts has left some of them twice; they count once.
+        """
+        prefix = b""
+        held: set[bytes] = set()  # by documents before, and behind the key of the last one
+        for document in self._db[name].find({}, {"r": 1}, batch_size=20_000):
+            key: bytes = document["_id"]
+            kind = key[DIGEST + 5] & 3
+            if key[:-_REST] != prefix:
+                prefix, held = key[:-_REST], set()
             if kind == _DAY_KIND:
-                yield document["_id"], 0
-            elif "r" not in document:
-                yield document["_id"], 1
+                yield key, 0
+            elif "r" not in document and not held:
+                yield key, 1
             else:
-                yield document["_id"], sum(1 for _ in _references_in(document, kind))
+                rests = {rest for rest, _ in _references_in(document, kind)}
+                yield key, len(rests - held)
+                held = {rest for rest in rests | held if rest > key[-_REST:]}
 
     def expire(self, before: int) -> int:
         """
         See `Graph.expire`.
 
-        Rows of those days are not seen any more from now on; collections that hold nothing else
-        are replaced by empty ones at once, the rest goes with `compact`.
+        Rows of those days are not seen any more from now on. Collections that hold nothing else
+        are replaced by empty ones at once, where none of the days from ``before`` until tomorrow
+        belongs to them; the rest goes with `compact`.
         """
         horizon = before // DAY
 
@@ -993,7 +1068,12 @@ class MongoGraph(StoredGraph):
         for workspace in self._workspaces.values():
             workspace.noted_days -= old
             workspace.days = None
+        self._known_days.clear()
         if old:
+            # A day that another worker notes at this very moment is one of these as well.
+            now = self._patiently(lambda: self._client.admin.command("hello")["localTime"])
+            today = int(now.timestamp()) // 86_400
+            kept.update(range(horizon, today + 2))
             for slot in set(range(SLOTS)) - {day // PERIOD % SLOTS for day in kept}:
                 self._patiently(lambda name=_ROWS[slot]: self._empty(name))  # type: ignore[misc]
         return len(old)
@@ -1085,6 +1165,9 @@ class _Recent:
         while len(self._keys) > self._limit:
             self._keys.pop(next(iter(self._keys)), None)
 
+    def clear(self) -> None:
+        self._keys = {}
+
 
 class _Sweep(NamedTuple):
     """What changed hands in a decision, and what it saw of the rows in there."""
@@ -1138,6 +1221,7 @@ class _MongoStore:
         self._whole: dict[bytes, list[Claim]] = {}
         self._owners: dict[bytes, set[bytes]] = {}
         self._links: dict[int, dict[tuple[int, int, bool], StoredLink]] = {}
+        self._put_links: dict[int, dict[tuple[int, int, bool], StoredLink]] = {}
         self._changed: set[bytes] = set()
         self._locked: set[bytes] = set()
         self._claim_writes: list[Any] = []
@@ -1149,6 +1233,7 @@ class _MongoStore:
         self._gone_subjects: set[bytes] = set()
         self._updates: list[UpdateByCriteria] = []
         self._numbers: tuple[int, int] = (0, 0)
+        self._block = _NUMBERS
         self._version = 0
 
     @property
@@ -1274,7 +1359,7 @@ class _MongoStore:
         return {
             handle: unpack_id(document["a"])
             for key, handle in keys.items()
-            if (document := self._documents[key]) is not None
+            if (document := self._documents[key]) is not None and document["a"] is not None
         }
 
     def _timeline(self, key: bytes) -> _Document:
@@ -1289,6 +1374,8 @@ class _MongoStore:
                 "n": 0,
                 "first": [],
             }
+        elif document["a"] is None:  # it came from a graph that did not know it
+            document["a"] = pack_id(self._values[key])
         self._changed.add(key)
         return document
 
@@ -1620,13 +1707,20 @@ class _MongoStore:
                 if "m" in document:
                     component, link = _link_of(document)
                     self._links[component][link.a, link.b, link.alias] = link
+            for component in unread:
+                self._links[component].update(self._put_links.pop(component, {}))
+            # All at once: whoever decides about a component asks for each of its members.
+            held = [link for component in unread for link in self._links[component].values()]
+            self._load({_key(handle) for link in held for handle in (link.a, link.b)})
         return {component: list(self._links[component].values()) for component in components}
 
     def put_links(
         self, component: int, absorbed: Collection[int], links: Iterable[StoredLink]
     ) -> None:
-        self.links({component, *absorbed})
-        held = self._links[component]
+        self.links(absorbed)
+        held = self._links.get(component)
+        if held is None:  # a new one: not worth a round trip for each
+            held = self._put_links.setdefault(component, {})
         moved: list[StoredLink] = []
         for other in absorbed:
             for link in self._links[other].values():
@@ -1659,13 +1753,18 @@ class _MongoStore:
             ]
 
     def forgotten(self, identifiers: Collection[Identifier]) -> dict[Identifier, int]:
-        keys = self._digests(identifiers)
-        self._load(keys.values())
-        return {
-            identifier: document["gone"]
-            for identifier, key in keys.items()
-            if (document := self._documents[key]) is not None and "gone" in document
-        }
+        names = [self._digests(identifiers)]
+        if self._graph._has_earlier:
+            earlier = earlier_digester(self._graph._salt, self._workspace.name)
+            names.append({identifier: earlier(*identifier) for identifier in identifiers})
+        self._load(key for keys in names for key in keys.values())
+        found: dict[Identifier, int] = {}
+        for keys in names:
+            for identifier, key in keys.items():
+                document = self._documents[key]
+                if document is not None and "gone" in document:
+                    found[identifier] = max(document["gone"], found.get(identifier, -1))
+        return found
 
     def forget(self, identifiers: Mapping[Identifier, int], until: int) -> None:
         handles = {handle for handle in identifiers.values() if handle}
@@ -1697,8 +1796,11 @@ class _MongoStore:
     # ---------------------------------------------------------------- rows
 
     def rows(self, windows: Mapping[int, tuple[int, int]]) -> dict[int, Rows]:
-        # The rows of this batch are not there yet: they come as they are stamped.
-        found = self._graph._read_rows(windows, self._workspace, self._session, self._announced)
+        # The rows of this batch are not there yet: they come as they are stamped. But where a
+        # device has a timeline, somebody may have sent an update for them since they are known.
+        self._load(_key(abs(handle)) for handle in windows)
+        own = {k for k in self._announced if "v" not in (self._documents.get(k[:DIGEST]) or ())}
+        found = self._graph._read_rows(windows, self._workspace, self._session, own)
         if self._tables is None:
             self._tables = set(self._workspace.tables)
         self.tables_seen |= self._tables
@@ -1776,7 +1878,8 @@ class _MongoStore:
     def next_sequence(self) -> int:
         number, left = self._numbers
         if not left:
-            number, left = self._graph._take_numbers(_NUMBERS), _NUMBERS
+            number, left = self._graph._take_numbers(self._block), self._block
+            self._block *= 4
         self._numbers = (number + 1, left - 1)
         return number
 
@@ -1871,6 +1974,19 @@ def _row_ranges(
                 high = subject + held[j - 1].to_bytes(3) + b"\xff" * (3 + _REST)
                 ranges.append((name, low, high))
     return ranges
+
+
+def _parts(chunk: Mapping[bytes, bytes]) -> Iterator[list[bytes]]:
+    """References in their order, in parts that a document may hold."""
+    part: list[bytes] = []
+    size = 0
+    for rest in sorted(chunk):
+        if len(part) == _CHUNK or (part and size + len(chunk[rest]) > _CHUNK_BYTES):
+            yield part
+            part, size = [], 0
+        part.append(rest)
+        size += len(chunk[rest])
+    yield part
 
 
 def _chunk(prefix: bytes, rests: Sequence[bytes], chunk: Mapping[bytes, bytes]) -> _Document:
@@ -2096,8 +2212,8 @@ def _check_server(client: MongoClient[_Document]) -> bool:
     return bool(hello.get("msg") == "isdbgrid")
 
 
-def _prepare(database: Database[_Document]) -> bytes:
-    """Make what is missing, check what is there; gives the salt."""
+def _prepare(database: Database[_Document]) -> _Document:
+    """Make what is missing, check what is there; gives the schema."""
     schema = database["meta"].find_one({"_id": "schema"})
     if schema is None:
         _initialise(database)
@@ -2108,7 +2224,7 @@ def _prepare(database: Database[_Document]) -> bytes:
             f"the database is not as a graph needs it: {'; '.join(wrong)}."
             " Run `recognition graph init`. Nothing was written."
         )
-    return bytes(schema["salt"])
+    return schema
 
 
 def _differences(database: Database[_Document]) -> list[str]:
@@ -2232,7 +2348,8 @@ def _create(database: Database[_Document], name: str, *, clustered: bool) -> Non
             raise
 
 
-_DENIED = (13, 18, 8000)  # Unauthorized, AuthenticationFailed, Atlas' own
+_DENIED = (13, 8000)  # Unauthorized, Atlas' own
+_REFUSED = 18  # AuthenticationFailed
 
 
 @contextmanager
@@ -2244,6 +2361,11 @@ def _translated(*, again: bool = False) -> Iterator[None]:
         raise
     except PyMongoError as exc:
         code = getattr(exc, "code", None)
+        if isinstance(exc, OperationFailure) and code == _REFUSED:
+            raise ConfigurationError(
+                "the server refused the user or the password of the URL; where the user is not kept"
+                " in the database that the URL names, it needs authSource. Nothing was written."
+            ) from exc
         if isinstance(exc, OperationFailure) and code in _DENIED:
             raise GraphReadOnlyError(
                 "the user may not do what the graph needs: it reads and writes its database, and"

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -33,10 +34,30 @@ from recognition.errors import (
     GraphReadOnlyError,
     GraphSchemaError,
     GraphUnavailableError,
+    InputError,
+    RecognitionError,
 )
 from recognition.events import Identifier
 from recognition.graph import Delivery, GraphStats, StoredGraph
+from recognition.graph.moving import (
+    PART,
+    ForgottenRecord,
+    GraphRecord,
+    IdentifierRecord,
+    LinkRecord,
+    MovedClaim,
+    MovedReference,
+    MovedSeen,
+    MovedTrait,
+    Record,
+    RowsRecord,
+    TimelineRecord,
+    UpdateRecord,
+    WorkspaceRecord,
+)
 from recognition.graph.packing import (
+    DIGEST,
+    EARLIER_DIGEST,
     TEXT,
     digester,
     earlier_digester,
@@ -57,7 +78,7 @@ from recognition.graph.store import (
     Trait,
 )
 from recognition.identity import ANONYMOUS, Seen
-from recognition.messages import UpdateByCriteria, parse_update
+from recognition.messages import Messages, UpdateByCriteria, parse_update
 
 # "RECG": says that a file is ours (https://www.sqlite.org/pragma.html#pragma_application_id).
 APPLICATION_ID = 0x52454347
@@ -233,19 +254,7 @@ class SqliteGraph(StoredGraph):
         connection.execute("BEGIN IMMEDIATE")
         try:
             if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-                for statement in _SCHEMA.split(";"):
-                    connection.execute(statement)
-                connection.executemany(
-                    "INSERT INTO meta VALUES (?, ?)",
-                    [
-                        ("sequence", 0),
-                        ("decision", 0),
-                        ("timeline", 0),
-                        ("identifier", 0),
-                        ("forgotten_1", 0),
-                        ("salt", secrets.token_bytes(32)),
-                    ],
-                )
+                _make(connection)
                 connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             connection.execute("COMMIT")
@@ -302,13 +311,15 @@ class SqliteGraph(StoredGraph):
             raise GraphError("the graph is closed")
 
     @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
+    def _writing(self, *, whole: bool = True) -> Iterator[sqlite3.Connection]:
         with self._lock:
             self._check_open()
             connection = self._connection
             with _translated():
                 connection.execute("BEGIN IMMEDIATE")
                 try:
+                    if whole:
+                        _check_whole(connection)
                     yield connection
                     connection.execute("COMMIT")
                 except BaseException:
@@ -327,14 +338,24 @@ class SqliteGraph(StoredGraph):
 
     @contextmanager
     def _reader(self, workspace: str) -> Iterator[Store]:
+        with self._reading() as connection:
+            yield _SqliteStore(connection, workspace, {}, {}, reads_only=True)
+
+    @contextmanager
+    def _reading(self, *, whole: bool = True) -> Iterator[sqlite3.Connection]:
+        """A connection that sees one moment."""
         self._check_open()
         if self._path == ":memory:":
-            with self._lock:
-                yield _SqliteStore(self._connection, workspace, {}, {}, reads_only=True)
+            with self._lock, _translated():
+                if whole:
+                    _check_whole(self._connection)
+                yield self._connection
             return
         with closing(self._connect()) as connection, _translated():
             connection.execute("BEGIN")
-            yield _SqliteStore(connection, workspace, {}, {}, reads_only=True)
+            if whole:
+                _check_whole(connection)
+            yield connection
             connection.execute("ROLLBACK")
 
     def lease_updates(self, limit: int, seconds: float) -> list[Delivery]:
@@ -380,6 +401,7 @@ class SqliteGraph(StoredGraph):
     def dead_updates(self, limit: int) -> list[tuple[Delivery, str]]:
         """See `Graph.dead_updates`."""
         with self._lock, _translated():
+            _check_whole(self._connection)
             rows = self._connection.execute(
                 "SELECT position, body, attempts, dead FROM outbox"
                 " WHERE dead IS NOT NULL ORDER BY position LIMIT ?",
@@ -390,6 +412,7 @@ class SqliteGraph(StoredGraph):
     def stats(self) -> GraphStats:
         """See `Graph.stats`."""
         with self._lock, _translated():
+            _check_whole(self._connection)
             count = self._count
             references = count(
                 "SELECT coalesce(sum(length(packed) / iif(slot % 3 = 0, 20, 21)), 0)"
@@ -409,7 +432,7 @@ class SqliteGraph(StoredGraph):
                 references=references,
                 pending_updates=count("SELECT count(*) FROM outbox WHERE dead IS NULL"),
                 dead_updates=count("SELECT count(*) FROM outbox WHERE dead IS NOT NULL"),
-                bytes=count("PRAGMA page_count") * count("PRAGMA page_size"),
+                bytes=self._size(),
             )
 
     def _count(self, statement: str) -> int:
@@ -429,6 +452,62 @@ class SqliteGraph(StoredGraph):
                 connection.execute("DELETE FROM refs WHERE day < ?", (day,))
                 connection.execute("DELETE FROM days WHERE day < ?", (day,))
         return days
+
+    def export(self) -> Iterator[Record]:
+        """See `Graph.export`."""
+        with self._reading() as connection:
+            yield from _Export(connection).records()
+
+    def take_in(self, records: Iterable[Record], *, restart: bool = False) -> int:
+        """See `Graph.take_in`."""
+        iterator = iter(records)
+        head = next(iterator, None)
+        if not isinstance(head, GraphRecord):
+            raise InputError("an exported graph begins with its GraphRecord. Nothing was written.")
+        taking = _TakingIn(head)
+        with self._writing(whole=False) as connection:
+            taking.begin(connection, restart=restart)
+        count = 1
+        try:
+            for part in _parts(iterator):
+                with self._writing(whole=False) as connection:
+                    taking.write(connection, part)
+                count += len(part)
+            with self._writing(whole=False) as connection:
+                taking.finish(connection)
+        except RecognitionError as exc:
+            exc.written = True
+            exc.add_note("What was taken in so far is of no use alone: begin again, with restart.")
+            raise
+        return count
+
+    def check(self) -> list[str]:
+        """See `Graph.check`."""
+        try:
+            with self._reading(whole=False) as connection:
+                return list(_problems(connection))
+        except GraphError as exc:
+            if isinstance(exc.__cause__, sqlite3.DatabaseError) and not exc.retryable:
+                return [f"SQLite cannot read it: {exc.__cause__}"]
+            raise
+
+    def compact(self) -> int:
+        """See `Graph.compact`. Needs as much free space as the file has, for as long as it runs."""
+        with self._writing() as connection:
+            before = self._size()
+            connection.execute(
+                "DELETE FROM timelines WHERE NOT claimed AND released IS NULL"
+                " AND NOT EXISTS (SELECT 1 FROM refs WHERE subject = timelines.id)"
+                " AND NOT EXISTS (SELECT 1 FROM days WHERE subject = timelines.id)"
+                " AND id NOT IN (SELECT timeline FROM claimants WHERE barred)"
+            )
+        with self._lock, _translated():
+            self._connection.execute("VACUUM")
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            return max(0, before - self._size())
+
+    def _size(self) -> int:
+        return self._count("PRAGMA page_count") * self._count("PRAGMA page_size")
 
     def close(self) -> None:
         """See `Graph.close`."""
@@ -536,14 +615,25 @@ class _SqliteStore:
         }
 
     def add_timelines(self, anonymous_ids: Collection[str]) -> dict[str, int]:
+        made = self._make_timelines([self._key(value) for value in anonymous_ids])
+        return {value: made[self._key(value)] for value in anonymous_ids}
+
+    def _make_timelines(self, digests: Collection[bytes]) -> dict[bytes, int]:
         last = self._get("timeline")
-        made = {value: last + n for n, value in enumerate(anonymous_ids, start=1)}
+        made = {digest: last + n for n, digest in enumerate(digests, start=1)}
         self._set("timeline", last + len(made))
         self._connection.executemany(
             "INSERT INTO timelines VALUES (?, ?, ?, 0, NULL)",
-            sorted((self._key(value), self._workspace, handle) for value, handle in made.items()),
+            sorted((digest, self._workspace, handle) for digest, handle in made.items()),
         )
         return made
+
+    def handles_of(self, digests: Collection[bytes]) -> dict[bytes, int]:
+        """The timelines of these digests; those that are missing are made."""
+        found: dict[bytes, int] = dict(
+            self._select_in("SELECT digest, id FROM timelines WHERE digest IN ({})", (), digests)
+        )
+        return {**found, **self._make_timelines(sorted(digests - found.keys()))}
 
     def anonymous_ids(self, timelines: Collection[int]) -> dict[int, str]:
         return {
@@ -663,9 +753,13 @@ class _SqliteStore:
         )
 
     def release(self, anonymous_id: str, until: int) -> None:
+        self.release_until(self._key(anonymous_id), until)
+
+    def release_until(self, digest: bytes, until: int) -> None:
+        """As `release`, by the digest."""
         self._connection.execute(
             "UPDATE timelines SET released = max(?, coalesce(released, -1)) WHERE digest = ?",
-            (until, self._key(anonymous_id)),
+            (until, digest),
         )
 
     # ---------------------------------------------------------------- identifiers
@@ -709,12 +803,17 @@ class _SqliteStore:
         last = self._get("identifier")
         made = {identifier: last + n for n, identifier in enumerate(seen, start=1)}
         self._set("identifier", last + len(made))
+        self.put_identifiers({made[i]: (i, *sighting) for i, sighting in seen.items()})
+        return made
+
+    def put_identifiers(self, identifiers: Mapping[int, tuple[Identifier, Seen, str]]) -> None:
+        """Insert identifiers whose handles are known already."""
         self._connection.executemany(
             "INSERT INTO identifiers (id, workspace, type, key, seen_as, only_previous, time,"
             " message) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             [
                 (
-                    made[identifier],
+                    handle,
                     self._workspace,
                     self._name(identifier.type),
                     pack_id(identifier.value),
@@ -723,10 +822,21 @@ class _SqliteStore:
                     sighting.time,
                     pack_id(sighting.message_id),
                 )
-                for identifier, (sighting, value) in seen.items()
+                for handle, (identifier, sighting, value) in identifiers.items()
             ],
         )
-        return made
+
+    def ids_of(self, names: Collection[bytes]) -> dict[bytes, int]:
+        """The numbers by which an import knows digests and components; new ones are made."""
+        found = dict(
+            self._select_in("SELECT name, id FROM taking_in WHERE name IN ({})", (), names)
+        )
+        new = sorted(name for name in names if name not in found)
+        last = self._get("identifier")
+        made = {name: last + n for n, name in enumerate(new, start=1)}
+        self._set("identifier", last + len(made))
+        self._connection.executemany("INSERT INTO taking_in VALUES (?, ?)", made.items())
+        return {**found, **made}
 
     def see(self, seen: Mapping[int, tuple[Seen, str]]) -> None:
         self._connection.executemany(
@@ -786,7 +896,7 @@ class _SqliteStore:
             (),
             identifiers,
         ):
-            kept = value == b"\x01" if kind == "blob" else value
+            kept = _unpack_trait(kind, value)
             found.setdefault(identifier, {})[trait] = Trait(at, unpack_id(message), kept)
         return found
 
@@ -1048,6 +1158,33 @@ def _known(row: Sequence[Any]) -> Known:
     return Known(handle, sighting, component, canonical or handle)
 
 
+def _make(connection: sqlite3.Connection) -> None:
+    for statement in _SCHEMA.split(";"):
+        connection.execute(statement)
+    connection.executemany(
+        "INSERT INTO meta VALUES (?, ?)",
+        [
+            ("sequence", 0),
+            ("decision", 0),
+            ("timeline", 0),
+            ("identifier", 0),
+            ("forgotten_1", 0),
+            ("salt", secrets.token_bytes(32)),
+        ],
+    )
+
+
+def _check_whole(connection: sqlite3.Connection) -> None:
+    if connection.execute("SELECT 1 FROM meta WHERE name = 'taking in'").fetchone() is not None:
+        raise GraphSchemaError(f"{_UNFINISHED}. Nothing was written.")
+
+
+_UNFINISHED = (
+    "another graph is being imported into this one, or that was begun and not finished; if nobody"
+    " is at it, begin again: recognition graph import --restart"
+)
+
+
 def _pack_trait(value: str | int | float | bool) -> str | int | float | bytes:
     # SQLite has no boolean, and 64 bits for an integer.
     if isinstance(value, bool):
@@ -1055,6 +1192,11 @@ def _pack_trait(value: str | int | float | bool) -> str | int | float | bytes:
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         return str(value)
     return value
+
+
+def _unpack_trait(kind: str, value: Any) -> Any:
+    """What was packed; ``kind`` is SQLite's own type of it."""
+    return value == b"\x01" if kind == "blob" else value
 
 
 def _is_gone(holder: str) -> bool:
@@ -1073,6 +1215,478 @@ def _is_gone(holder: str) -> bool:
     except PermissionError:
         return False
     return False
+
+
+class _Export:
+    """One moment of a graph as records; the connection has a transaction of its own."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._execute = connection.execute
+        self._meta = dict(self._execute("SELECT name, value FROM meta"))
+        self._names: dict[int, str] = dict(self._execute("SELECT id, name FROM names"))
+        self._places: dict[int, tuple[str, ...]] = {
+            place: tuple(tables.split("\x00"))
+            for place, tables in self._execute("SELECT id, tables FROM places")
+        }
+
+    def records(self) -> Iterator[Record]:
+        """All of them, in the order of `recognition.graph.moving`."""
+        yield GraphRecord(salt=self._meta["salt"], sequence=self._meta["sequence"])
+        yield from self._workspaces()
+        yield from self._identifiers()
+        yield from self._links()
+        for digest, until in self._execute("SELECT digest, until FROM forgotten"):
+            yield ForgottenRecord(workspace=None, digest=digest, until=until)
+        # Barred pairs are few, and found by identifier only.
+        self._execute("DROP TABLE IF EXISTS temp.barred")
+        self._execute(
+            "CREATE TEMP TABLE barred AS SELECT timeline, identifier FROM claimants WHERE barred"
+        )
+        self._execute("CREATE INDEX temp.barred_timeline ON barred (timeline)")
+        yield from self._timelines()
+        self._execute("DROP TABLE temp.barred")
+        for digest, workspace, handle in self._execute(
+            "SELECT digest, workspace, id FROM timelines"
+        ):
+            yield from self._rows(workspace, digest, handle)
+        for handle, workspace, type, key in self._execute(
+            "SELECT id, workspace, type, key FROM identifiers"
+            " WHERE -id IN (SELECT subject FROM refs WHERE subject < 0)"
+        ):
+            yield from self._rows(workspace, self._digest(workspace, type, key), -handle)
+        for position, body, attempts, dead in self._execute(
+            "SELECT position, body, attempts, dead FROM outbox ORDER BY position"
+        ):
+            update = parse_update(body)
+            yield UpdateRecord(position=position, attempts=attempts, dead=dead, body=update)
+
+    def _digest(self, workspace: int, type: int | None, key: bytes | str) -> bytes:
+        name = ANONYMOUS if type is None else self._names[type]
+        return _digester(self._meta["salt"], self._names[workspace])(name, unpack_id(key))
+
+    def _component(self, workspace: int, component: int) -> bytes:
+        """A name that is nobody's digest: no identifier is without a type."""
+        return _digester(self._meta["salt"], self._names[workspace])("", str(component))
+
+    def _workspaces(self) -> Iterator[Record]:
+        tables: dict[str, set[str]] = {
+            name.removeprefix("rules "): set() for name in self._meta if name.startswith("rules ")
+        }
+        for table in ("timelines", "identifiers", "places"):
+            for (workspace,) in self._execute(f"SELECT DISTINCT workspace FROM {table}"):
+                tables.setdefault(self._names[workspace], set())
+        for workspace, place in self._execute("SELECT workspace, id FROM places"):
+            tables[self._names[workspace]].update(self._places[place])
+        for name, found in sorted(tables.items()):
+            rules = self._meta.get(f"rules {name}")
+            yield WorkspaceRecord(name=name, rules=rules, tables=tuple(sorted(found)))
+
+    def _identifiers(self) -> Iterator[Record]:
+        for (
+            handle,
+            workspace,
+            type,
+            key,
+            seen_as,
+            component,
+            best_type,
+            best_key,
+            *seen,
+        ) in self._execute(
+            "SELECT i.id, i.workspace, i.type, i.key, i.seen_as, i.component, b.type, b.key,"
+            " i.only_previous, i.time, i.message FROM identifiers i"
+            " LEFT JOIN identifiers b ON b.id = i.canonical"
+        ):
+            only_previous, at, message = seen
+            digest = self._digest(workspace, type, key)
+            alone = best_type is None
+            yield IdentifierRecord(
+                workspace=self._names[workspace],
+                digest=digest,
+                type=self._names[type],
+                value=unpack_id(key),
+                seen_as=seen_as,
+                seen=MovedSeen(bool(only_previous), at, unpack_id(message)),
+                component=self._component(workspace, component) if component else None,
+                canonical=digest if alone else self._digest(workspace, best_type, best_key),
+                traits={
+                    name: MovedTrait(at, unpack_id(message), _unpack_trait(kind, value))
+                    for name, at, message, kind, value in self._execute(
+                        "SELECT trait, time, message, typeof(value), value FROM traits"
+                        " WHERE identifier = ?",
+                        (handle,),
+                    )
+                },
+            )
+
+    def _links(self) -> Iterator[Record]:
+        for workspace, component, a_type, a_key, b_type, b_key, *link in self._execute(
+            "SELECT a.workspace, l.component, a.type, a.key, b.type, b.key, l.alias, l.time,"
+            " l.message, l.unlinked, l.refused FROM links l"
+            " JOIN identifiers a ON a.id = l.a JOIN identifiers b ON b.id = l.b"
+        ):
+            alias, at, message, unlinked, refused = link
+            yield LinkRecord(
+                workspace=self._names[workspace],
+                component=self._component(workspace, component),
+                a=self._digest(workspace, a_type, a_key),
+                b=self._digest(workspace, b_type, b_key),
+                alias=bool(alias),
+                time=at,
+                message_id=unpack_id(message),
+                unlinked=bool(unlinked),
+                refused=refused,
+            )
+
+    def _timelines(self) -> Iterator[Record]:
+        for digest, workspace, handle, released, key in self._execute(
+            "SELECT t.digest, t.workspace, t.id, t.released, c.key FROM timelines t"
+            " LEFT JOIN claimed c ON c.id = t.id WHERE t.claimed OR t.released IS NOT NULL"
+            " OR t.id IN (SELECT timeline FROM temp.barred)"
+        ):
+            barred = self._execute(
+                "SELECT i.type, i.key FROM temp.barred b JOIN identifiers i ON i.id = b.identifier"
+                " WHERE b.timeline = ?",
+                (handle,),
+            )
+            claims = self._execute(
+                "SELECT c.time, c.message, c.until, c.soft, i.type, i.key FROM claims c"
+                " LEFT JOIN identifiers i ON i.id = c.identifier WHERE c.timeline = ?",
+                (handle,),
+            )
+            more = True
+            while more:
+                part, taken = barred.fetchmany(PART), claims.fetchmany(PART)
+                yield TimelineRecord(
+                    workspace=self._names[workspace],
+                    digest=digest,
+                    anonymous_id=None if key is None else unpack_id(key),
+                    released_until=released,
+                    barred=tuple(self._digest(workspace, *found) for found in part),
+                    claims=tuple(
+                        MovedClaim(
+                            time=at,
+                            message_id=unpack_id(message),
+                            owner=None if owner_type is None
+                            else self._digest(workspace, owner_type, owner_key),
+                            until=until,
+                            soft=bool(soft),
+                        )
+                        for at, message, until, soft, owner_type, owner_key in taken
+                    ),
+                )  # fmt: skip
+                more = len(part) == PART or len(taken) == PART
+
+    def _rows(self, workspace: int, digest: bytes, subject: int) -> Iterator[Record]:
+        references: dict[int, list[MovedReference]] = {}
+        days: dict[int, list[int]] = {}
+        count = 0
+
+        def told() -> Iterator[Record]:
+            for place in sorted({*references, *days}):
+                yield RowsRecord(
+                    workspace=self._names[workspace],
+                    subject=digest,
+                    tables=self._places[place],
+                    references=tuple(references.get(place, ())),
+                    days=tuple(days.get(place, ())),
+                )
+            references.clear()
+            days.clear()
+
+        for day, slot, packed in self._execute(
+            "SELECT day, slot, packed FROM refs WHERE subject = ?", (subject,)
+        ):
+            found = [MovedReference(*one) for one in unpack(slot % 3, packed, day * DAY)]
+            if count + len(found) > PART:
+                yield from told()
+                count = 0
+            references.setdefault(slot // 3, []).extend(found)
+            count += len(found)
+        for day, place in self._execute(
+            "SELECT day, place FROM days WHERE subject = ?", (subject,)
+        ):
+            if count == PART:
+                yield from told()
+                count = 0
+            days.setdefault(place, []).append(day)
+            count += 1
+        yield from told()
+
+
+class _TakingIn:
+    """
+    Fills an empty graph with records, a part in each transaction.
+
+    ``taking_in`` is a table for as long as it lasts: the short numbers of digests that were named,
+    and of components (after a ``c``). ``taking in`` of meta says that it is not finished, and who
+    is at it.
+    """
+
+    def __init__(self, head: GraphRecord) -> None:
+        self._head = head
+        self._token = secrets.token_bytes(16)
+        self._names: dict[str, int] = {}
+        self._places: dict[tuple[int, str], int] = {}
+
+    def begin(self, connection: sqlite3.Connection, *, restart: bool) -> None:
+        """Take the graph for this purpose, and put the head there."""
+        execute = connection.execute
+        if execute("SELECT 1 FROM meta WHERE name = 'taking in'").fetchone() is not None:
+            if not restart:
+                raise ConfigurationError(f"{_UNFINISHED}. Nothing was written.")
+            # The numbers of workspaces and types stay: other processes may know them by now.
+            execute("DROP TABLE taking_in")
+            for table in _tables(connection):
+                if table != "names":
+                    execute(f"DELETE FROM {table}")
+            _make(connection)
+        filled = [
+            table
+            for table in _tables(connection)
+            if table not in ("meta", "names")
+            and execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() is not None
+        ]
+        if filled or execute("SELECT 1 FROM meta WHERE name LIKE 'rules %'").fetchone() is not None:
+            raise ConfigurationError(
+                "the graph is not empty; a graph is imported into a new one. Nothing was written."
+            )
+        execute("CREATE TABLE taking_in (name BLOB PRIMARY KEY, id INTEGER NOT NULL) WITHOUT ROWID")
+        # No receipt of before may look as if nothing had been decided since, and no position of
+        # before may be given again.
+        execute("DELETE FROM sqlite_sequence")
+        execute("INSERT INTO sqlite_sequence VALUES ('outbox', ?)", (self._head.sequence,))
+        connection.executemany(
+            "INSERT OR REPLACE INTO meta VALUES (?, ?)",
+            [
+                ("salt", self._head.salt),
+                ("sequence", self._head.sequence),
+                ("decision", secrets.randbits(48)),
+                ("taking in", self._token),
+            ],
+        )
+
+    def write(self, connection: sqlite3.Connection, part: Sequence[Record]) -> None:
+        """Take some records in, in their order."""
+        self._check_mine(connection)
+        names, places = dict(self._names), dict(self._places)
+        for (kind, workspace), group in groupby(part, lambda record: (type(record), _home(record))):
+            store = _SqliteStore(
+                connection, workspace or "", names, places, reads_only=not workspace
+            )
+            self._write_group(connection, store, kind, list(group))
+            store.flush()
+        self._names, self._places = names, places
+
+    def _write_group(
+        self, connection: sqlite3.Connection, store: _SqliteStore, kind: type[Record], group: Any
+    ) -> None:
+        if kind is WorkspaceRecord:
+            for record in group:
+                store.note_tables(record.tables)
+                if record.rules is not None:
+                    store.decided_with(record.rules)
+        elif kind is IdentifierRecord:
+            self._write_identifiers(store, group)
+        elif kind is LinkRecord:
+            names = {name for r in group for name in (r.a, r.b, _COMPONENT + r.component)}
+            ids = store.ids_of(names)
+            for r in group:
+                ends = (ids[r.a], ids[r.b], r.alias, r.time, r.message_id, r.unlinked, r.refused)
+                store.put_links(ids[_COMPONENT + r.component], (), [StoredLink(*ends)])
+        elif kind is ForgottenRecord:
+            connection.executemany(
+                "INSERT INTO forgotten VALUES (?, ?)", [(r.digest, r.until) for r in group]
+            )
+            earlier = sum(len(r.digest) == EARLIER_DIGEST for r in group)
+            connection.execute(
+                "UPDATE meta SET value = value + ? WHERE name = 'forgotten_1'", (earlier,)
+            )
+        elif kind is TimelineRecord:
+            self._write_timelines(store, group)
+        elif kind is RowsRecord:
+            self._write_rows(store, group)
+        elif kind is UpdateRecord:
+            connection.executemany(
+                "INSERT INTO outbox (position, body, attempts, dead) VALUES (?, ?, ?, ?)",
+                [(r.position, r.body.model_dump_json(), r.attempts, r.dead) for r in group],
+            )
+        else:
+            raise InputError(f"a {kind.__name__} has no place here")
+
+    def _write_identifiers(self, store: _SqliteStore, group: Sequence[IdentifierRecord]) -> None:
+        names = {name for r in group for name in (r.digest, r.canonical)}
+        names |= {_COMPONENT + r.component for r in group if r.component is not None}
+        ids = store.ids_of(names)
+        store.put_identifiers(
+            {
+                ids[r.digest]: (Identifier(r.type, r.value), Seen(*r.seen), r.seen_as or r.value)
+                for r in group
+            }
+        )
+        store.set_persons(
+            {
+                ids[r.digest]: (
+                    0 if r.component is None else ids[_COMPONENT + r.component],
+                    # Nobody's own handle is stored as that of its person: it is 0 until it has one.
+                    0 if r.component is None else ids[r.canonical],
+                )
+                for r in group
+            }
+        )
+        store.put_traits(
+            {
+                ids[r.digest]: {name: Trait(*trait) for name, trait in r.traits.items()}
+                for r in group
+                if r.traits
+            }
+        )
+
+    def _write_timelines(self, store: _SqliteStore, group: Sequence[TimelineRecord]) -> None:
+        handles = store.handles_of({r.digest for r in group})
+        named = {name for r in group for name in r.barred}
+        named |= {claim.owner for r in group for claim in r.claims if claim.owner is not None}
+        ids = store.ids_of(named)
+        claims: dict[str, tuple[int, list[Claim]]] = {}
+        for r in group:
+            if r.released_until is not None:
+                store.release_until(r.digest, r.released_until)
+            for name in r.barred:
+                store.bar(handles[r.digest], ids[name])
+            for at, message_id, owner, until, soft in r.claims:
+                assert r.anonymous_id is not None
+                claims.setdefault(r.anonymous_id, (handles[r.digest], []))[1].append(
+                    Claim(
+                        at,
+                        message_id,
+                        None if owner is None else ids[owner],
+                        END if until is None else until,
+                        soft,
+                    )
+                )
+        store.add_claims(claims)
+
+    def _write_rows(self, store: _SqliteStore, group: Sequence[RowsRecord]) -> None:
+        known = {r.subject for r in group if r.subject[-1] & 1}
+        subjects = {name: -handle for name, handle in store.ids_of(known).items()}
+        subjects.update(store.handles_of({r.subject for r in group} - known))
+        store.add_references(
+            Reference(subjects[r.subject], r.tables, message_id, at)
+            for r in group
+            for message_id, at in r.references
+        )
+        store.add_days(Day(subjects[r.subject], r.tables, day) for r in group for day in r.days)
+
+    def finish(self, connection: sqlite3.Connection) -> None:
+        """Make a graph of it that anybody may use."""
+        self._check_mine(connection)
+        missing = connection.execute(
+            "SELECT count(*) FROM taking_in WHERE length(name) = ?"
+            " AND id NOT IN (SELECT id FROM identifiers)",
+            (DIGEST,),
+        ).fetchone()[0]
+        if missing:
+            raise InputError(f"{missing:,} identifiers are named, and are not among the records")
+        connection.execute("DROP TABLE taking_in")
+        connection.execute("DELETE FROM meta WHERE name = 'taking in'")
+
+    def _check_mine(self, connection: sqlite3.Connection) -> None:
+        row = connection.execute("SELECT value FROM meta WHERE name = 'taking in'").fetchone()
+        if row is None or row[0] != self._token:
+            raise GraphError("another import into this graph has begun anew, and goes on instead")
+
+
+_COMPONENT = b"c"
+
+#: Claims, rows and the like that one transaction of an import writes, about.
+_IMPORT = 20_000
+
+
+def _home(record: Record) -> str | None:
+    """The workspace that a record is taken into."""
+    if isinstance(record, WorkspaceRecord):
+        return record.name
+    if isinstance(record, GraphRecord | ForgottenRecord | UpdateRecord):
+        return None
+    return record.workspace
+
+
+def _parts(records: Iterator[Record]) -> Iterator[list[Record]]:
+    """Records in lists of bounded size."""
+    part: list[Record] = []
+    weight = 0
+    for record in records:
+        part.append(record)
+        match record:
+            case TimelineRecord():
+                weight += len(record.claims) + len(record.barred)
+            case RowsRecord():
+                weight += len(record.references) + len(record.days)
+            case UpdateRecord():
+                weight += sum(len(c.refs) for c in record.body.where if isinstance(c, Messages))
+        weight += 1
+        if weight >= _IMPORT:
+            yield part
+            part, weight = [], 0
+    if part:
+        yield part
+
+
+def _tables(connection: sqlite3.Connection) -> list[str]:
+    return [
+        name
+        for (name,) in connection.execute(
+            "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
+        )
+    ]
+
+
+# What each number in one table names in another.
+_NAMED = (
+    ("claims", "timeline", "claimed", "id", ""),
+    ("claims", "identifier", "identifiers", "id", "identifier IS NOT NULL AND"),
+    ("claimants", "identifier", "identifiers", "id", ""),
+    ("claimed", "id", "timelines", "id", ""),
+    ("identifiers", "canonical", "identifiers", "id", "canonical AND"),
+    ("links", "a", "identifiers", "id", ""),
+    ("links", "b", "identifiers", "id", ""),
+    ("traits", "identifier", "identifiers", "id", ""),
+    ("refs", "subject", "timelines", "id", "subject > 0 AND"),
+    ("refs", "-subject", "identifiers", "id", "subject < 0 AND"),
+    ("refs", "slot / 3", "places", "id", ""),
+    ("days", "subject", "timelines", "id", ""),
+    ("days", "place", "places", "id", ""),
+    ("timelines", "workspace", "names", "id", ""),
+    ("identifiers", "workspace", "names", "id", ""),
+    ("identifiers", "type", "names", "id", ""),
+)
+
+
+def _problems(connection: sqlite3.Connection) -> Iterator[str]:
+    """What is wrong with a file."""
+    for (line,) in connection.execute("PRAGMA integrity_check(20)").fetchall():
+        if line != "ok":
+            yield f"SQLite finds: {line}"
+    told = "SELECT name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'"
+    with closing(sqlite3.connect(":memory:")) as fresh:
+        _make(fresh)
+        wanted = dict(fresh.execute(told))
+    found = dict(connection.execute(told))
+    if connection.execute("SELECT 1 FROM meta WHERE name = 'taking in'").fetchone() is not None:
+        yield _UNFINISHED
+        return
+    for name in sorted({*wanted, *found}):
+        if found.get(name) != wanted.get(name):
+            state = "another one" if name in found and name in wanted else "one too many"
+            yield f"table {name} is {state if name in found else 'missing'}"
+    for table, number, other, key, only in _NAMED:
+        if table in found and other in found:
+            count = connection.execute(
+                f"SELECT count(*) FROM {table} WHERE {only} {number} NOT IN"
+                f" (SELECT {key} FROM {other})"
+            ).fetchone()[0]
+            if count:
+                yield f"{count:,} rows of {table} name {other} that are not there"
 
 
 _digester = lru_cache(maxsize=256)(digester)
