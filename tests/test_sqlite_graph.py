@@ -714,7 +714,7 @@ def half_way(path: Path) -> tuple[list[Event], Path]:
                 *((("email", f"{n}@example.com"), 0) for n in range(6)),
             )
         }
-        found = graph._run("default", lambda store: store.forgotten(forgotten))
+        found = graph._run(Rules(), lambda store: store.forgotten(forgotten))
     kept = path.with_name("kept.db")
     shutil.copy(path, kept)
     write_version_1(path, found)
@@ -821,7 +821,7 @@ def test_number_of_somebody_forgotten_is_given_to_nobody_else(path: Path) -> Non
 
     def handle(graph: SqliteGraph, user: str) -> int:
         name = Identifier("user_id", user)
-        known: Known = graph._run("default", lambda store: store.identifiers({name})[name])
+        known: Known = graph._run(Rules(), lambda store: store.identifiers({name})[name])
         return known.handle
 
     with SqliteGraph(path) as graph:
@@ -839,14 +839,14 @@ def test_number_of_somebody_forgotten_is_given_to_nobody_else(path: Path) -> Non
 
 
 def add(graph: SqliteGraph, references: Sequence[Reference]) -> None:
-    graph._run("w1", lambda store: store.add_references(references))
+    graph._run(Rules(workspace="w1"), lambda store: store.add_references(references))
 
 
 def rows_of(
     graph: SqliteGraph, subjects: Iterable[int], low: int = 0, high: int = END
 ) -> dict[int, Rows]:
     windows = dict.fromkeys(subjects, (low, high))
-    return graph._run("w1", lambda store: store.rows(windows))
+    return graph._run(Rules(workspace="w1"), lambda store: store.rows(windows))
 
 
 MESSAGE_IDS = st.one_of(

@@ -192,9 +192,10 @@ class StoredGraph(ABC):
     """A graph that decides inside a transaction of its `Store`; the rest is up to the backend."""
 
     @abstractmethod
-    def _run(self, workspace: str, work: Callable[[Store], _Result]) -> _Result:
+    def _run(self, rules: Rules, work: Callable[[Store], _Result]) -> _Result:
         """
-        Do the work in one transaction: committed at its end, undone by an exception.
+        Do the work in one transaction of the workspace of the rules: committed at its end, undone
+        by an exception.
 
         The work may be done again from the start, where somebody else was in the way.
         """
@@ -205,29 +206,23 @@ class StoredGraph(ABC):
 
     def observe(self, rules: Rules, observations: Sequence[Observation]) -> Outcome:
         """See `Graph.observe`."""
-        return self._run(
-            rules.workspace, lambda store: decisions.observe(store, rules, observations)
-        )
+        return self._run(rules, lambda store: decisions.observe(store, rules, observations))
 
     def recheck(self, rules: Rules, receipt: Receipt) -> int:
         """See `Graph.recheck`."""
-        return self._run(rules.workspace, lambda store: decisions.recheck(store, rules, receipt))
+        return self._run(rules, lambda store: decisions.recheck(store, rules, receipt))
 
     def unlink(self, rules: Rules, one: Identifier, other: Identifier) -> int:
         """See `Graph.unlink`."""
-        return self._run(rules.workspace, lambda store: decisions.unlink(store, rules, one, other))
+        return self._run(rules, lambda store: decisions.unlink(store, rules, one, other))
 
     def release(self, rules: Rules, anonymous_id: str, at: int) -> int:
         """See `Graph.release`."""
-        return self._run(
-            rules.workspace, lambda store: decisions.release(store, rules, anonymous_id, at)
-        )
+        return self._run(rules, lambda store: decisions.release(store, rules, anonymous_id, at))
 
     def forget(self, rules: Rules, identifier: Identifier, at: int) -> int:
         """See `Graph.forget`."""
-        return self._run(
-            rules.workspace, lambda store: decisions.forget(store, rules, identifier, at)
-        )
+        return self._run(rules, lambda store: decisions.forget(store, rules, identifier, at))
 
     def explain(self, rules: Rules, subject: Identifier | str) -> Explanation:
         """See `Graph.explain`."""

@@ -33,6 +33,7 @@ from recognition.graph.store import (
 )
 from recognition.identity import Seen
 from recognition.messages import UpdateByCriteria
+from recognition.rules import Rules
 
 # Handles made in a rehearsal never meet those of the graph below, which may be one itself.
 _APART = 1 << 128
@@ -104,8 +105,8 @@ class MemoryGraph(StoredGraph):
                 self._position += 1
                 self._outbox[self._position] = _Waiting(update)
 
-    def _run(self, workspace: str, work: Callable[[Store], _Result]) -> _Result:
-        with self._transaction(workspace) as store:
+    def _run(self, rules: Rules, work: Callable[[Store], _Result]) -> _Result:
+        with self._transaction(rules.workspace) as store:
             return work(store)
 
     def _reader(self, workspace: str) -> AbstractContextManager[Store]:

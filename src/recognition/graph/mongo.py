@@ -71,7 +71,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar, cast
 
 import bson
 from bson import Int64
@@ -362,23 +362,14 @@ class MongoGraph(StoredGraph):
 
     def recheck(self, rules: Rules, receipt: Receipt) -> int:
         """See `Graph.recheck`."""
-        return self._count(rules, lambda s: decisions.recheck(s, rules, receipt), light=True)
-
-    def unlink(self, rules: Rules, one: Identifier, other: Identifier) -> int:
-        """See `Graph.unlink`."""
-        return self._count(rules, lambda store: decisions.unlink(store, rules, one, other))
-
-    def release(self, rules: Rules, anonymous_id: str, at: int) -> int:
-        """See `Graph.release`."""
-        return self._count(rules, lambda store: decisions.release(store, rules, anonymous_id, at))
-
-    def forget(self, rules: Rules, identifier: Identifier, at: int) -> int:
-        """See `Graph.forget`."""
-        return self._count(rules, lambda store: decisions.forget(store, rules, identifier, at))
-
-    def _count(self, rules: Rules, work: Callable[[Store], int], *, light: bool = False) -> int:
-        updates, late = self._decide(rules, work, light=light)
+        updates, late = self._decide(
+            rules, lambda store: decisions.recheck(store, rules, receipt), light=True
+        )
         return updates + late
+
+    def _run(self, rules: Rules, work: Callable[[Store], _Result]) -> _Result:
+        result, late = self._decide(rules, work)
+        return cast(_Result, result + late) if isinstance(result, int) else result
 
     def recover(self, rules: Rules, *, older_than: float = 0.0, every: float = 0.0) -> int:
         """
@@ -415,9 +406,6 @@ class MongoGraph(StoredGraph):
                     sweep = _Sweep([document["_id"]], windows, (), {}, set())
                     emitted += self._sweep(workspace, rules, sweep, session)
         return emitted
-
-    def _run(self, workspace: str, work: Callable[[Store], _Result]) -> _Result:
-        raise NotImplementedError("every decision here names its rules: see `_decide`")
 
     def _decide(
         self,
@@ -559,7 +547,7 @@ class MongoGraph(StoredGraph):
         missed, tables = self._patiently(look)
         emitted = 0
         if missed:
-            emitted = self._count(
+            emitted = self._run(
                 rules, lambda store: decisions.catch_up(store, rules, missed, tables)
             )
             _log.debug("rows of %d subjects came while they were decided", len(missed))
@@ -2314,6 +2302,8 @@ def _initialise(database: Database[_Document]) -> None:
             for name in sorted(set(there) & set(COLLECTIONS))
             if database[name].find_one({}, {"_id": 1}) is not None
         ]
+        if database["meta"].find_one({"_id": "schema"}) is not None:
+            return  # another process was first, and has begun to work
         if filled:
             raise GraphSchemaError(
                 "the database holds no recognition graph, but collections with the names of one"

@@ -79,6 +79,7 @@ from recognition.graph.store import (
 )
 from recognition.identity import ANONYMOUS, Seen
 from recognition.messages import Messages, UpdateByCriteria, parse_update
+from recognition.rules import Rules
 
 # "RECG": says that a file is ours (https://www.sqlite.org/pragma.html#pragma_application_id).
 APPLICATION_ID = 0x52454347
@@ -327,9 +328,9 @@ class SqliteGraph(StoredGraph):
                         connection.execute("ROLLBACK")
                     raise
 
-    def _run(self, workspace: str, work: Callable[[Store], _Result]) -> _Result:
+    def _run(self, rules: Rules, work: Callable[[Store], _Result]) -> _Result:
         with self._writing() as connection:
-            store = _SqliteStore(connection, workspace, dict(self._names), dict(self._places))
+            store = _SqliteStore(connection, rules.workspace, dict(self._names), dict(self._places))
             result = work(store)
             store.flush()
         # Only what was committed is remembered: a short number that was undone may be given again.
