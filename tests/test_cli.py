@@ -30,8 +30,8 @@ ROOT = Path(__file__).parents[1]
 GRAPH = "sqlite:///graph.db"
 SINK = "sqlite:///warehouse.db"
 COMMANDS = [
-    "demo", "run", "plan", "apply", "explain", "forget", "unlink", "release", "stats", "schema",
-    "sinks", "config",
+    "demo", "run", "plan", "apply", "explain", "forget", "unlink", "release", "stats", "graph",
+    "schema", "sinks", "config",
 ]  # fmt: skip
 
 
@@ -481,7 +481,7 @@ def test_config_shows_the_settings_in_force_without_passwords(cli_: Cli) -> None
             "installed: duckdb, sqlite",
         ),
         (("run", "e.ndjson", "--sink", "//ann:hunter2@host"), "scheme"),
-        (("run", "e.ndjson", "--graph", "nosuch://ann:hunter2@host/db"), "memory, sqlite"),
+        (("run", "e.ndjson", "--graph", "nosuch://ann:hunter2@host/db"), "memory, mongodb, sqlite"),
         (("run", "e.ndjson", "--load"), "--sink URL"),
         (("run", "e.ndjson", "--layout", "segments"), "there are: segment-single-table"),
         (("run", "e.ndjson", "--format", "segments"), "there are: segment"),

@@ -9,9 +9,10 @@ import random
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 
 from oracle import Oracle, make_event
 from recognition.attribution import DAY, Policy
+from recognition.cli import main
 from recognition.delivery import deliver
 from recognition.errors import TableError, ValueRefusedError
 from recognition.events import Event, render_time
@@ -29,12 +31,14 @@ from recognition.graph.sqlite import SqliteGraph
 from recognition.layouts import layout_named
 from recognition.messages import UpdateByCriteria
 from recognition.planner import plan_updates
-from recognition.recognizer import Recognizer
-from recognition.rules import References, Rules, Supersede
+from recognition.recognizer import Recognition, Recognizer
+from recognition.rules import Rules, Supersede
 from recognition.sinks import open_sink
-from test_decisions import LOOKBACK, MODES, deliveries, rules_of, target_of, untie
+from recognition.sinks.sql import SqlSink
+from test_decisions import LOOKBACK, MODES, STEPS, deliveries, rules_of, target_of, untie
 
 SECOND = 1_000_000
+COLUMNS = ("message_id", "anonymous_id", "user_id", "timestamp")
 CRASHING = Path(__file__).with_name("crashing.py")
 
 
@@ -80,6 +84,35 @@ def apply_anyhow(sink: Any, updates: Sequence[UpdateByCriteria], shuffle: random
         arriving = arriving[size:]
 
 
+def load_rows(sink: Any, recognizer: Recognizer, done: Recognition) -> None:
+    """Write a batch's rows as `run --load` does."""
+    rules = recognizer.rules
+    stamps = {target_of(rules): "text"}
+    if rules.default.supersede is Supersede.VERSION:
+        stamps["recognition_version"] = "integer"
+    own = rules.has_own_column
+    stamped = {o.message_id for o in done.receipt.observations if own or not o.names_user}
+    for table, rows in {"events": [], **recognizer.rows(done)}.items():
+        columns = dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)], "text")
+        sink.load(
+            table,
+            rows,
+            key="message_id",
+            columns=columns | stamps | {"timestamp": "time"},
+            stamps=tuple(stamps) if rules.stamps else (),
+            stamped=stamped,
+        )
+
+
+def work(recognizer: Recognizer, sink: Any, batch: Sequence[Event]) -> Iterator[None]:
+    """Take a batch from the events to the rows; a worker may die after any step."""
+    done = recognizer.process(batch)
+    yield
+    load_rows(sink, recognizer, done)
+    yield
+    recognizer.flushed(done.receipt)
+
+
 def load_and_deliver(
     rules: Rules,
     arriving: Sequence[Sequence[Event]],
@@ -87,26 +120,42 @@ def load_and_deliver(
     scheme: str,
     shuffle: random.Random,
 ) -> dict[str, str | None]:
-    """The rows of a real sink after a pipeline with two recognizers and unordered delivery."""
+    """
+    The rows of a real sink after a pipeline of several workers, with unordered delivery.
+
+    A batch whose worker dies comes again, until one comes to the end with it. One that was only
+    slow goes on meanwhile.
+    """
     graph = SqliteGraph(":memory:")
-    recognizers = [Recognizer(graph, rules), Recognizer(graph, rules)]
     sink: Any = open_sink(f"{scheme}:///{folder}/warehouse.{scheme}")
     held: list[UpdateByCriteria] = []
-    for turn, batch in enumerate(arriving):
-        recognizer = recognizers[turn % 2]
-        done = recognizer.process(batch)
-        for table, rows in recognizer.rows(done).items():
-            columns = dict.fromkeys([name for row in rows for name in row], "text")
-            columns["timestamp"] = "time"
-            columns[target_of(rules)] = "text"
-            if rules.default.supersede is Supersede.VERSION:
-                columns["recognition_version"] = "integer"
-            sink.load(table, rows, key="message_id", columns=columns)
-        recognizer.flushed(done.receipt)
+    recognizer = Recognizer(graph, rules)
+    load_rows(sink, recognizer, recognizer.process([]))
+
+    def attempt(batch: Sequence[Event], steps: int) -> Iterator[None]:
+        return islice(work(Recognizer(graph, rules), sink, batch), steps)
+
+    def carry(batch: Sequence[Event]) -> Iterator[None]:
+        while shuffle.random() < 0.4:
+            yield from attempt(batch, shuffle.randint(1, 2))
+        yield from attempt(batch, 3)
+
+    waiting = [
+        worker
+        for batch in arriving
+        for worker in [carry(batch), attempt(batch, 3)][: 1 + (shuffle.random() < 0.3)]
+    ]
+    running: list[Iterator[None]] = []
+    while waiting or running:
+        if waiting and len(running) < 3:
+            running.append(waiting.pop(0))
+        worker = shuffle.choice(running)
+        if next(worker, running) is running:
+            running.remove(worker)
         leased = graph.lease_updates(10_000, 60)
         graph.acknowledge([item.position for item in leased])
         held += [item.update for item in leased]
-        if shuffle.random() < 0.5:
+        if shuffle.random() < 0.4:
             apply_anyhow(sink, held, shuffle)
             held = shuffle.sample(held, len(held) // 2)
     apply_anyhow(sink, held, shuffle)
@@ -120,7 +169,9 @@ def load_and_deliver(
 def test_rows_of_a_real_sink_are_those_of_the_oracle(
     mode: str, scheme: str, examples: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Updates that arrive in any order, repeated, in any windows, leave the oracle's rows."""
+    """
+    Workers that die or are slow, and updates in any order, repeated, leave the oracle's rows.
+    """
 
     @settings(
         max_examples=examples,
@@ -142,9 +193,9 @@ def test_rows_of_a_real_sink_are_those_of_the_oracle(
     ) -> None:
         events, arriving = delivery
         rules = rules_of(mode, policy, stamps=stamps)
-        if rules.default.references is References.NONE:
-            rules = replace(rules, attribution=replace(rules.attribution, lookback=LOOKBACK * 100))
-            events, arriving = untie(events), [untie(batch) for batch in arriving]
+        if step := STEPS.get(rules.default.references):
+            rules = replace(rules, attribution=replace(rules.attribution, lookback=LOOKBACK * step))
+            events, arriving = untie(events, step), [untie(batch, step) for batch in arriving]
         folder = tmp_path_factory.mktemp("sink")
         rows = load_and_deliver(rules, arriving, folder, scheme, random.Random(seed))
         oracle = Oracle(
@@ -261,6 +312,67 @@ def test_processes_that_share_graph_and_sink_leave_the_rows_of_one(
 
     assert [process.returncode for process in running] == [0, 0, 0], errors
     assert read_column(tmp_path / "warehouse.db", target) == oracle.owners()
+
+
+#: What happened before, in a worker's batch, while its row was not visible, and the row at the end.
+IN_BETWEEN = {
+    "a claim": ([], {"userId": "u1"}, None, ("u1", "pro")),
+    "a better claim": ([{"userId": "u0"}], {"userId": "u1"}, None, ("u1", "pro")),
+    "a trait": ([{"userId": "u1"}], {"userId": "u1"}, None, ("u1", "pro")),
+    "a forget": ([{"userId": "u1"}], {}, ("forget", "u1"), (None, None)),
+    "a release": ([{"userId": "u1"}], {}, ("release", "d"), (None, None)),
+}
+
+
+@pytest.mark.parametrize("between", IN_BETWEEN)
+@pytest.mark.parametrize("mode", ["user_id", "stitched_user_id", "version"])
+@pytest.mark.parametrize("scheme", ["sqlite", "duckdb"])
+def test_a_row_that_is_loaded_again_gets_the_stamp_of_now(
+    scheme: str, mode: str, between: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker dies after its row became visible, too late for an update that was applied before."""
+    monkeypatch.chdir(tmp_path)
+    target = "user_id" if mode == "version" else mode
+    place = ["--graph", "sqlite:///graph.db", "--sink", f"{scheme}:///warehouse.{scheme}"]
+    settings = f'target_column = "{target}"\ntraits = ["plan"]\n'
+    if mode == "version":
+        settings += 'supersede = "version"\n'
+    Path("recognition.toml").write_text(settings)
+
+    def run(name: str, *given: dict[str, Any]) -> int:
+        body = {"type": "track", "anonymousId": "d"}
+        lines = [
+            {**body, "messageId": f"{name}{n}", "timestamp": "2026-01-01T00:00:00Z", **each}
+            for n, each in enumerate(given)
+        ]
+        Path(name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return main(["run", name, *place, "--load", "--quiet"])
+
+    before, claim, undo, expected = IN_BETWEEN[between]
+    before = [{**each, "context": {"traits": {"plan": "basic"}}} for each in before]
+    late = {"timestamp": "2026-01-01T01:00:00Z", "context": {"traits": {"plan": "free"}}}
+    load = SqlSink.load
+
+    def load_late(sink: SqlSink, *given: Any, **options: Any) -> int:
+        monkeypatch.setattr(SqlSink, "load", load)
+        if claim:
+            traits = {"context": {"traits": {"plan": "pro"}}}
+            assert run("claim", {**claim, **traits, "timestamp": "2026-01-01T00:30:00Z"}) == 0
+        if undo is not None:
+            assert main([*undo, *place, "--quiet"]) == 0
+        load(sink, *given, **options)
+        raise SystemExit
+
+    assert run("before", *before) == 0
+    monkeypatch.setattr(SqlSink, "load", load_late)
+    with pytest.raises(SystemExit):
+        run("late", late)
+    codes = [run("late", late), run("late", late)]
+    path = tmp_path / f"warehouse.{scheme}"
+
+    assert codes == [0, 0]
+    assert read_column(path, target)["late0"] == expected[0]
+    assert read_column(path, "context_traits_plan")["late0"] == expected[1]
 
 
 def test_delivery_resumes_what_another_process_left(tmp_path: Path) -> None:

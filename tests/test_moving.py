@@ -23,6 +23,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from graphs import open_mongodb
 from oracle import make_event
 from recognition.attribution import DAY, Policy
 from recognition.errors import (
@@ -48,6 +49,7 @@ from recognition.recognizer import Recognizer
 from recognition.rules import References, Rules, TableRules
 from test_decisions import (
     LOOKBACK,
+    SLOW,
     STEPS,
     UNDO_MODES,
     Pipeline,
@@ -79,10 +81,17 @@ def contents(graph: Graph) -> GraphStats:
 
 # The same answers -----------------------------------------------------------------------------
 
+
+def in_sqlite() -> Graph:
+    return SqliteGraph(":memory:")
+
+
 #: From which graph to which; each is made empty.
-MOVES: dict[str, tuple[Callable[[], Graph], Callable[[], Graph]]] = {
-    "sqlite to sqlite": (lambda: SqliteGraph(":memory:"), lambda: SqliteGraph(":memory:")),
+OVER_A_NETWORK: dict[str, tuple[Callable[[], Graph], Callable[[], Graph]]] = {
+    "sqlite to mongodb": (in_sqlite, open_mongodb),
+    "mongodb to sqlite": (open_mongodb, in_sqlite),
 }
+MOVES = {"sqlite to sqlite": (in_sqlite, in_sqlite), **OVER_A_NETWORK}
 
 
 class Journey(Pipeline):
@@ -153,6 +162,7 @@ def check_move(move: str, mode: str, actions: list[Action], cut: int, policy: Po
                 stay.deliver()
         go.warehouse = copy.deepcopy(stay.warehouse)
         stay.told.clear()
+        stay.graph.compact()  # devices of which nothing is known any more do not come along
         take_in(go.graph, lines_of(stay.graph))
 
         assert contents(go.graph) == contents(stay.graph)
@@ -188,30 +198,48 @@ OFTEN = settings(
 )
 
 
-@pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("mode", UNDO_MODES)
 @given(actions=undone(), cut=st.integers(1, 8), policy=st.sampled_from(Policy))
 @OFTEN
 def test_moved_graph_goes_on_after_undo(
-    move: str, mode: str, actions: list[Action], cut: int, policy: Policy
+    mode: str, actions: list[Action], cut: int, policy: Policy
 ) -> None:
     """Half of a journey with unlink, release and forget, a move, and the rest: the same answers."""
+    check_move("sqlite to sqlite", mode, actions, cut, policy)
+
+
+@pytest.mark.parametrize("move", OVER_A_NETWORK)
+@pytest.mark.parametrize("mode", ["references", "version with days"])
+@given(actions=undone(), cut=st.integers(1, 8), policy=st.sampled_from(Policy))
+@SLOW
+def test_graph_goes_on_in_another_backend_after_undo(
+    move: str, mode: str, actions: list[Action], cut: int, policy: Policy
+) -> None:
+    """The same, where one of the two is a MongoDB."""
     check_move(move, mode, actions, cut, policy)
 
 
-@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("move", OVER_A_NETWORK)
+@given(delivery=deliveries(), cut=st.integers(1, 5), policy=st.sampled_from(Policy))
+@SLOW
+def test_graph_goes_on_in_another_backend(
+    move: str, delivery: tuple[list[Event], list[Sequence[Event]]], cut: int, policy: Policy
+) -> None:
+    """Aliases and conflicts, where one of the two is a MongoDB."""
+    check_move(move, "references", [("take", batch) for batch in delivery[1]], cut, policy)
+
+
 @pytest.mark.parametrize("mode", ["references", "own column without references"])
 @given(delivery=deliveries(), cut=st.integers(1, 5), policy=st.sampled_from(Policy))
 @OFTEN
 def test_moved_graph_goes_on(
-    move: str,
     mode: str,
     delivery: tuple[list[Event], list[Sequence[Event]]],
     cut: int,
     policy: Policy,
 ) -> None:
     """Half of a journey with aliases and conflicts, a move, and the rest: the same answers."""
-    check_move(move, mode, [("take", batch) for batch in delivery[1]], cut, policy)
+    check_move("sqlite to sqlite", mode, [("take", batch) for batch in delivery[1]], cut, policy)
 
 
 # Everything that there is ---------------------------------------------------------------------

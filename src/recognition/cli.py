@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import argparse
 import gc
+import gzip
 import json
 import os
 import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from shutil import which
-from typing import IO, Any, Protocol, Self, TypeVar, runtime_checkable
+from typing import IO, TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import recognition
 from recognition.attribution import BEGINNING, DAY, END, Policy
@@ -46,7 +47,7 @@ from recognition.errors import (
     RecognitionError,
 )
 from recognition.events import Identifier, Reject, RejectsFile, read_events, render_time
-from recognition.graph import Explanation, Graph, open_graph
+from recognition.graph import Explanation, Graph, initialise_graph, open_graph
 from recognition.identity import ANONYMOUS
 from recognition.layouts import LAYOUTS, Row
 from recognition.messages import VERSION_COLUMN, UpdateByCriteria, json_schema, read_updates
@@ -54,6 +55,9 @@ from recognition.planner import Plan, plan_updates
 from recognition.recognizer import Recognition, Recognizer
 from recognition.rules import Rules, Supersede
 from recognition.sinks import Applied, Sink, installed_schemes, open_sink
+
+if TYPE_CHECKING:
+    from io import BufferedReader
 
 _DONE, _REJECTED, _WRONG, _FAILED = 0, 1, 2, 3
 _INTERRUPTED, _PIPE_CLOSED = 130, 141  # 128 + the signal's number, as shells have it
@@ -82,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.traceback:
             raise
         print(_tell(error), file=sys.stderr)
-        return _WRONG if isinstance(error, ConfigurationError | InputError) else _FAILED
+        wrong = isinstance(error, ConfigurationError | InputError) and not error.written
+        return _WRONG if wrong else _FAILED
     except Exception as error:
         if arguments.traceback:
             raise
@@ -157,6 +162,14 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     release.add_argument("anonymous_id", metavar="ANONYMOUS_ID")
     command("stats", _stats, "Count what the graph holds.", "graph")
+    _add_graph_commands(
+        commands.add_parser(
+            "graph",
+            help="Make, check, count, move or compact a graph.",
+            description="Make, check, count, move or compact a graph. Every command takes --json"
+            " and --quiet.",
+        )
+    )
     command("schema", _schema, "Print the JSON schema of the update message.")
     command("sinks", _sinks, "List the sinks that are installed.")
     config = command("config", _config, "Print the settings in force.", "graph", "sink")
@@ -164,6 +177,36 @@ def _build_parser() -> argparse.ArgumentParser:
         "--reference", action="store_true", help="print all settings and what they mean"
     )
     return parser
+
+
+def _add_graph_commands(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], help: str
+    ) -> argparse.ArgumentParser:
+        found = commands.add_parser(
+            name, help=help, description=help, parents=[_common(), _graph_url()]
+        )
+        found.set_defaults(command=run)
+        return found
+
+    init = command("init", _graph_init, "Make what the graph needs; what is there is left alone.")
+    init.add_argument("--sharded", action="store_true", help="spread it over a cluster's shards")
+    init.add_argument("--print", action="store_true", help="say what would be done, and do nothing")
+    command("check", _graph_check, "Read all of the graph, and list what is wrong with it.")
+    command("stats", _stats, "Count what the graph holds.")
+    export = command("export", _graph_export, "Write all that the graph holds as NDJSON.")
+    export.add_argument(
+        "-o", "--output", metavar="FILE", default="-", help="compressed if it ends in .gz; - is"
+        " stdout, the default",
+    )  # fmt: skip
+    import_ = command("import", _graph_import, "Fill an empty graph with an exported one.")
+    import_.add_argument("file", metavar="FILE", help="NDJSON, also gzip; - is stdin")
+    import_.add_argument(
+        "--restart", action="store_true", help="begin anew where an import was not finished"
+    )
+    command("compact", _graph_compact, "Drop what nothing needs any more; give its space back.")
 
 
 def _common() -> argparse.ArgumentParser:
@@ -175,9 +218,14 @@ def _common() -> argparse.ArgumentParser:
     return parser
 
 
-def _graph_arguments() -> argparse.ArgumentParser:
+def _graph_url() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--graph", metavar="URL", help="default: sqlite:///recognition.db")
+    return parser
+
+
+def _graph_arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, parents=[_graph_url()])
     parser.add_argument("--workspace", metavar="NAME")
     parser.add_argument("--policy", choices=[policy.value for policy in Policy])
     parser.add_argument("--layout", metavar="NAME", help=", ".join(LAYOUTS))
@@ -264,22 +312,6 @@ class _Tally:
         self.updates += batch.updates
 
 
-@runtime_checkable
-class _Loading(Sink, Protocol):
-    """A sink that also writes the rows of events, for who has no pipeline that does."""
-
-    def load(
-        self,
-        table: str,
-        rows: Sequence[Mapping[str, object]],
-        *,
-        key: str,
-        columns: Mapping[str, str],
-        fill: Sequence[str] = (),
-        index: Sequence[str] = (),
-    ) -> int: ...
-
-
 class _Way:
     """One way from files to rows, with its count: `run`, `plan` and `demo` take it."""
 
@@ -349,27 +381,38 @@ class _Way:
     def write(self, decided: Recognition) -> None:
         """Load a batch's rows, where that is asked for, and apply updates when many wait."""
         if self._arguments.load and self.sink is not None:
+            # What `flushed` is going to compare: no bots, and no rows that name their user where
+            # that is the column to be written.
+            own = self.recognizer.rules.has_own_column
+            seen = decided.receipt.observations
+            stamped = {o.message_id for o in seen if own or not o.names_user}
             for table, rows in self.recognizer.rows(decided).items():
-                self.tally.rows_loaded += self._load(table, rows)
+                self.tally.rows_loaded += self._load(table, rows, stamped)
             self.tally.updates += self.recognizer.flushed(decided.receipt)
         if self.tally.updates - self._delivered >= _WINDOW:
             self.deliver()
 
-    def _load(self, table: str, rows: Sequence[Row]) -> int:
-        if not isinstance(self.sink, _Loading):
+    def _load(self, table: str, rows: Sequence[Row], stamped: Collection[str]) -> int:
+        from recognition.sinks.sql import SqlSink
+
+        if not isinstance(self.sink, SqlSink):
             raise ConfigurationError("this sink cannot load rows; leave --load away")
         rules = self.recognizer.rules
         named = rules.layout.columns_of(table)
-        # The columns that recognition writes are there from the start, and where rows are loaded
-        # again, because the first time broke off before they were reported, they are filled.
-        written = list(rules.values_of(table, None, ()))
-        columns = dict.fromkeys([*(name for row in rows for name in row), *written], "text")
-        columns[named.time] = "time"
+        stamps = dict.fromkeys(rules.values_of(table, None, ()), "text")
         if rules.supersede_of(table) is Supersede.VERSION:
-            columns[VERSION_COLUMN] = "integer"
-            written.append(VERSION_COLUMN)
+            stamps[VERSION_COLUMN] = "integer"
+        # What recognition writes is there from the start.
+        columns = dict.fromkeys([name for row in rows for name in row], "text") | stamps
+        columns[named.time] = "time"
         return self.sink.load(
-            table, rows, key=named.id, columns=columns, fill=written, index=(named.anonymous_id,)
+            table,
+            rows,
+            key=named.id,
+            columns=columns,
+            index=(named.anonymous_id,),
+            stamps=tuple(stamps),
+            stamped=stamped,
         )
 
     def deliver(self) -> None:
@@ -596,6 +639,121 @@ def _undo(arguments: argparse.Namespace, undo: Callable[[Recognizer], int]) -> i
 def _stats(arguments: argparse.Namespace) -> int:
     with closing(_graph(_settings(arguments))) as graph:
         _print_result(arguments, asdict(graph.stats()), [], Counter())
+    return _DONE
+
+
+def _graph_init(arguments: argparse.Namespace) -> int:
+    url = _settings(arguments).graph
+    lines = initialise_graph(url, sharded=arguments.sharded, run=not arguments.print)
+    if arguments.json:
+        _print_json({"graph": hide_password(url), "lines": lines})
+    else:
+        for line in lines:
+            print(line)
+    return _DONE
+
+
+def _graph_check(arguments: argparse.Namespace) -> int:
+    with closing(_graph(_settings(arguments))) as graph:
+        problems = graph.check()
+    if arguments.json:
+        _print_json({"sound": not problems, "problems": problems})
+    else:
+        for problem in problems:
+            print(problem)
+        if not problems:
+            print("nothing is wrong with the graph")
+    return _REJECTED if problems else _DONE
+
+
+def _graph_export(arguments: argparse.Namespace) -> int:
+    from recognition.graph.moving import write_records
+
+    lines = size = 0
+    with ExitStack() as stack:
+        graph = stack.enter_context(closing(_graph(_settings(arguments))))
+        file = stack.enter_context(_open_output(arguments.output))
+        progress = stack.enter_context(_Progress(arguments, ["-"], "records"))
+        for line in write_records(graph.export()):
+            encoded = line.encode()
+            file.write(encoded)
+            lines += 1
+            size += len(encoded)
+            progress.show(lines)
+    result = {"lines": lines, "bytes": size}
+    if arguments.output == "-":
+        _say(arguments, f"{lines:,} lines, {size:,} bytes: as secret as the graph itself")
+    else:
+        _print_result(arguments, {**result, "file": arguments.output}, [], Counter())
+    return _DONE
+
+
+@contextmanager
+def _open_output(path: str) -> Iterator[IO[bytes]]:
+    """
+    Stdout for ``-``; else a file that is there under its name once it is whole, and not before.
+
+    It is readable by its owner alone.
+    """
+    if path == "-":
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    part = f"{path}.part"
+    try:
+        with ExitStack() as stack:
+            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            file: IO[bytes] = stack.enter_context(open(descriptor, "wb"))
+            if path.endswith(".gz"):
+                # No name and no time inside: the same graph gives the same bytes.
+                packed = stack.enter_context(gzip.GzipFile("", "wb", fileobj=file, mtime=0))
+                file = cast("IO[bytes]", packed)
+            yield file
+        os.replace(part, path)
+    except OSError as exc:
+        raise InputError(f"{path} cannot be written: {exc.strerror}") from exc
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(part)
+
+
+def _graph_import(arguments: argparse.Namespace) -> int:
+    from recognition.graph.moving import Record, read_records
+
+    settings = _settings(arguments)
+    _look_for([arguments.file])
+    with ExitStack() as stack:
+        progress = stack.enter_context(_Progress(arguments, [arguments.file], "records"))
+        graph = stack.enter_context(closing(open_graph(settings.graph)))
+
+        def read(source: str | IO[bytes]) -> Iterator[Record]:
+            name, file = (
+                ("-", sys.stdin.buffer) if isinstance(source, str) else (source.name, source)
+            )
+            zipped = cast("BufferedReader", file).peek(2)[:2] == b"\x1f\x8b"
+            records = read_records(gzip.GzipFile(fileobj=file) if zipped else file)
+            try:
+                for number, record in enumerate(records, start=1):
+                    yield record
+                    progress.show(number)
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from error
+
+        try:
+            count = graph.take_in(progress.read(read), restart=arguments.restart)
+        except KeyboardInterrupt:
+            _say(arguments, "stopped half-way: import again, with --restart")
+            return _INTERRUPTED
+        result = {"records": count, **asdict(graph.stats())}
+    _print_result(arguments, result, [], Counter())
+    return _DONE
+
+
+def _graph_compact(arguments: argparse.Namespace) -> int:
+    with closing(_graph(_settings(arguments))) as graph:
+        freed = graph.compact()
+        result = {"bytes_freed": freed, "bytes": graph.stats().bytes}
+    _print_result(arguments, result, [], Counter())
     return _DONE
 
 

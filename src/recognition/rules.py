@@ -28,8 +28,9 @@ class References(StrEnum):
     IDS = "ids"
     """Message id and time: exact, and the time bounds of every update are tight."""
     DAYS = "days"
-    """The days on which a device has rows: updates go by device and day, and only where there
-    is something to update."""
+    """The days on which a device has rows, a few bytes each: updates go by device and day, and only
+    where there is something to update. Rows are not told one by one, so that the table needs a
+    target column of its own or a version."""
     NONE = "none"
     """Nothing: 0 bytes; updates go by device and the time range of the span."""
 

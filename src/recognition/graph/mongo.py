@@ -220,8 +220,7 @@ class MongoGraph(StoredGraph):
         self._client = _connect(url, timeout)
         try:
             with _translated():
-                name = uri_parser.parse_uri(url, warn=False)["database"] or "recognition"
-                self._db = _database(self._client, name)
+                self._db = _database(self._client, _name_in(url))
                 self._is_cluster = _check_server(self._client)
                 schema = _prepare(self._db)
                 self._salt = bytes(schema["salt"])
@@ -259,7 +258,7 @@ class MongoGraph(StoredGraph):
                     lines.append("this is no sharded cluster; on one, these are the commands:")
                     lines.extend(map(_as_typed, _sharding(graph._db.name)))
             return lines
-        name = uri_parser.parse_uri(url, warn=False)["database"] or "recognition"
+        name = _name_in(url)
         return [_as_typed(command) for command in _sharding(name)] if sharded else []
 
     def export(self) -> Iterator[Record]:
@@ -426,6 +425,7 @@ class MongoGraph(StoredGraph):
         self._check_open()
         workspace = self._workspace(rules.workspace)
         late = 0
+        since = workspace.last
         with self._client.start_session(causal_consistency=True) as session:
             announced = self._patiently(
                 lambda: self._announce(workspace, rules, batch, session) if batch else set()
@@ -435,7 +435,7 @@ class MongoGraph(StoredGraph):
 
                 def lightly() -> tuple[_MongoStore, _Result]:
                     # A new one each time: what was asked for and not answered is not "not there".
-                    store = _MongoStore(self, workspace, session, announced, subjects)
+                    store = _MongoStore(self, workspace, session, announced, since, subjects)
                     return store, work(store)
 
                 # Somebody who was forgotten between two reads is missed: then in a transaction.
@@ -449,7 +449,9 @@ class MongoGraph(StoredGraph):
                 attempt += 1
                 try:
                     with _translated():
-                        store, result = self._attempt(workspace, work, announced, subjects, session)
+                        store, result = self._attempt(
+                            workspace, work, announced, since, subjects, session
+                        )
                     break
                 except _AgainError as exc:
                     if time.monotonic() > deadline:
@@ -477,12 +479,13 @@ class MongoGraph(StoredGraph):
         workspace: _Workspace,
         work: Callable[[Store], _Result],
         announced: Collection[bytes],
+        since: int,
         subjects: Collection[bytes],
         session: ClientSession,
     ) -> tuple[_MongoStore, _Result]:
         try:
             session.start_transaction(ReadConcern("snapshot"), _MAJORITY)
-            store = _MongoStore(self, workspace, session, announced, subjects)
+            store = _MongoStore(self, workspace, session, announced, since, subjects)
             try:
                 result = work(store)
                 if store.has_changes:
@@ -560,7 +563,7 @@ class MongoGraph(StoredGraph):
     def _reader(self, workspace: str) -> Iterator[Store]:
         self._check_open()
         with _translated(), self._client.start_session(snapshot=True) as session:
-            yield _MongoStore(self, self._workspace(workspace), session, (), (), reads_only=True)
+            yield _MongoStore(self, self._workspace(workspace), session, (), 0, (), reads_only=True)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -737,28 +740,33 @@ class MongoGraph(StoredGraph):
         fresh: set[bytes] = set()
         for name, documents in by_slot.items():
             fresh.update(d["_id"] for d in documents)
-            taken = self._insert(name, documents, session)
+            taken = set(self._insert(name, documents, session))
             if taken:
-                fresh.difference_update(taken)
-                fresh.update(self._insert_rest(name, taken, chunks, session))
+                fresh -= taken
+                refused = [d for d in documents if d["_id"] in taken]
+                fresh.update(self._insert_rest(name, refused, session))
         return fresh
 
     def _insert_rest(
-        self,
-        name: str,
-        taken: Sequence[bytes],
-        chunks: Mapping[bytes, bytes | dict[bytes, bytes]],
-        session: ClientSession,
+        self, name: str, refused: Sequence[_Document], session: ClientSession
     ) -> list[bytes]:
-        """Documents with the same first references were there: insert what those do not hold."""
-        ranges = [(name, key, key) for key in taken if not isinstance(chunks[key[:-_REST]], bytes)]
-        singles: list[_Document] = []
+        """Others with the same first references are there: insert what those do not hold."""
+        missing: dict[bytes, dict[bytes, bytes]] = {}
+        ranges = []
+        for document in refused:
+            key = document["_id"]
+            references = dict(_references_in(document, key[-_REST - 1] & 3))
+            if len(references) > 1:
+                missing.setdefault(key[:-_REST], {}).update(references)
+                ranges.append((name, key, key))
         for held in self._union(ranges, session):
             prefix = held["_id"][:-_REST]
-            there = {rest for rest, _ in _references_in(held, prefix[-1] & 3)}
-            chunk = chunks[prefix]
-            assert isinstance(chunk, dict)
-            singles.extend(_chunk(prefix, [rest], chunk) for rest in chunk if rest not in there)
+            for rest, _ in _references_in(held, prefix[-1] & 3):
+                missing[prefix].pop(rest, None)
+        # One by one: where the key of such a one is taken, it is there.
+        singles = [
+            _chunk(prefix, [rest], left) for prefix, left in missing.items() for rest in left
+        ]
         again = set(self._insert(name, singles, session))
         return [d["_id"] for d in singles if d["_id"] not in again]
 
@@ -910,16 +918,19 @@ class MongoGraph(StoredGraph):
         free = {"_id": {"$gt": 0}, "$expr": {"$lte": ["$until", "$$NOW"]}}
 
         def lease() -> list[_Document]:
-            keys = [d["_id"] for d in outbox.find(free, {"_id": 1}).sort("_id", 1).limit(limit)]
-            if not keys:
-                return []
             until = {"$add": ["$$NOW", round(seconds * 1000)]}
-            outbox.update_many(
-                {**free, "_id": {"$in": keys}},
-                [{"$set": {"until": until, "holder": holder, "n": {"$add": ["$n", 1]}}}],
-            )
-            # Some of them may have been leased by another worker in between.
-            return list(outbox.find({"_id": {"$in": keys}, "holder": holder}).sort("_id", 1))
+            leased: list[_Document] = []
+            while not leased:
+                keys = [d["_id"] for d in outbox.find(free, {"_id": 1}).sort("_id", 1).limit(limit)]
+                if not keys:
+                    break
+                outbox.update_many(
+                    {**free, "_id": {"$in": keys}},
+                    [{"$set": {"until": until, "holder": holder, "n": {"$add": ["$n", 1]}}}],
+                )
+                # Some of them may have been leased by another worker in between: if all, go on.
+                leased = list(outbox.find({"_id": {"$in": keys}, "holder": holder}).sort("_id", 1))
+            return leased
 
         return [
             Delivery(d["_id"], parse_update(d["body"]), d["n"] - 1) for d in self._patiently(lease)
@@ -1094,6 +1105,7 @@ class _Workspace:
     identifiers: dict[Identifier, bytes] = field(default_factory=dict)
     sweeps: dict[int, float] = field(default_factory=dict)
     next_look: float = 0.0
+    last: int = 0  # the greatest number of the sequence that was ever met
 
     def take_in(self, found: Mapping[str, Any]) -> None:
         """What the database holds of it now."""
@@ -1188,6 +1200,7 @@ class _MongoStore:
         workspace: _Workspace,
         session: ClientSession,
         announced: Collection[bytes],
+        since: int,
         subjects: Collection[bytes],
         *,
         reads_only: bool = False,
@@ -1197,6 +1210,7 @@ class _MongoStore:
         self._workspace = workspace
         self._session = session
         self._announced = announced
+        self._since = since
         self._unread = subjects
         self._reads_only = reads_only
         self.windows: dict[int, tuple[int, int]] = {}
@@ -1321,6 +1335,7 @@ class _MongoStore:
                 {"_id": {"$in": missing}}, session=self._session, batch_size=20_000
             ):
                 self._documents[document["_id"]] = document
+                self._workspace.last = max(self._workspace.last, document.get("v", 0))
 
     def timelines(self, anonymous_ids: Collection[str]) -> dict[str, Timeline]:
         device = self._workspace.device
@@ -1785,10 +1800,12 @@ class _MongoStore:
 
     def rows(self, windows: Mapping[int, tuple[int, int]]) -> dict[int, Rows]:
         # The rows of this batch are not there yet: they come as they are stamped. But where a
-        # device has a timeline, somebody may have sent an update for them since they are known.
+        # device was decided about since they are known, an update may be on its way to them.
         self._load(_key(abs(handle)) for handle in windows)
-        own = {k for k in self._announced if "v" not in (self._documents.get(k[:DIGEST]) or ())}
+        own = {key for key in self._announced if self._version_of(key[:DIGEST]) <= self._since}
         found = self._graph._read_rows(windows, self._workspace, self._session, own)
+        if any(handle > 0 for handle in windows):
+            self._numbers = (0, 0)  # whoever has seen rows takes numbers later than they are known
         if self._tables is None:
             self._tables = set(self._workspace.tables)
         self.tables_seen |= self._tables
@@ -1798,6 +1815,10 @@ class _MongoStore:
         for subject, rows in found.items():
             self.rows_seen[subject] = _joined(self.rows_seen.get(subject, _NO_ROWS), rows)
         return found
+
+    def _version_of(self, key: bytes) -> int:
+        document = self._documents.get(key)
+        return 0 if document is None else int(document.get("v", 0))
 
     def add_references(self, references: Iterable[Reference]) -> None:
         # Those of identified rows alone; those of devices came first: rule 1.
@@ -1869,6 +1890,7 @@ class _MongoStore:
             number, left = self._graph._take_numbers(self._block), self._block
             self._block *= 4
         self._numbers = (number + 1, left - 1)
+        self._workspace.last = max(self._workspace.last, number)
         return number
 
     @property
@@ -2157,9 +2179,21 @@ def _connect(url: str, timeout: float) -> MongoClient[_Document]:
         "wTimeoutMS": round(timeout * 1000),
     }
     extra = {k: v for k, v in wanted.items() if k.lower() not in given}
-    try:
+    with _only_urls():
         # Whatever the URL says, nothing less than this keeps the protocol.
         return MongoClient(url, retryWrites=True, retryReads=True, tz_aware=True, **extra)
+
+
+def _name_in(url: str) -> str:
+    """The database that a URL names."""
+    with _only_urls():
+        return uri_parser.parse_uri(url, warn=False)["database"] or "recognition"
+
+
+@contextmanager
+def _only_urls() -> Iterator[None]:
+    try:
+        yield
     except (InvalidURI, InvalidName, DriverConfigurationError, ValueError) as exc:
         raise ConfigurationError(
             "this is no URL of a MongoDB database:"
@@ -2218,7 +2252,12 @@ def _prepare(database: Database[_Document]) -> _Document:
 def _differences(database: Database[_Document]) -> list[str]:
     """What `_initialise` would have made otherwise."""
     there = {found["name"]: found.get("options", {}) for found in database.list_collections()}
-    wrong = [f"collection {name} is missing" for name in COLLECTIONS if name not in there]
+    missing = [f"collection {name} is missing" for name in COLLECTIONS if name not in there]
+    return missing + _of_another_kind(there)
+
+
+def _of_another_kind(there: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    wrong = []
     for name in COLLECTIONS:
         if name in there and (name in _CLUSTERED) != ("clusteredIndex" in there[name]):
             wanted = "clustered by _id" if name in _CLUSTERED else "an ordinary one"
@@ -2286,7 +2325,7 @@ def _check_schema(schema: Mapping[str, Any]) -> None:
 
 def _initialise(database: Database[_Document]) -> None:
     """Make all collections; whoever is there first gives the salt. Again it changes nothing."""
-    there = {found["name"]: found for found in database.list_collections()}
+    there = {found["name"]: found.get("options", {}) for found in database.list_collections()}
     if "meta" in there and database["meta"].find_one() is not None:
         schema = database["meta"].find_one({"_id": "schema"})
         begun = database["meta"].find_one({"_id": "begun"})
@@ -2309,6 +2348,11 @@ def _initialise(database: Database[_Document]) -> None:
                 "the database holds no recognition graph, but collections with the names of one"
                 f" ({', '.join(filled)}); name another database. Nothing was written."
             )
+    if wrong := _of_another_kind(there):
+        raise GraphSchemaError(
+            "the database holds no recognition graph, but collections with the names of one"
+            f" ({'; '.join(wrong)}); name another database. Nothing was written."
+        )
     for name in COLLECTIONS:
         if name not in there:
             _create(database, name, clustered=name in _CLUSTERED)

@@ -57,7 +57,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import IO, Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from pydantic import (
     BaseModel,
@@ -286,7 +286,14 @@ def write_records(records: Iterable[Record]) -> Iterator[str]:
     yield EndRecord(lines=count).model_dump_json() + "\n"
 
 
-def read_records(file: IO[bytes]) -> Iterator[Record]:
+class Lines(Protocol):
+    """A binary file, as far as it is needed."""
+
+    def readline(self, size: int, /) -> bytes:
+        """The next line, not more than ``size`` bytes of it; nothing at the end."""
+
+
+def read_records(file: Lines) -> Iterator[Record]:
     """
     Read an exported graph, one line at a time.
 
@@ -310,7 +317,7 @@ def read_records(file: IO[bytes]) -> Iterator[Record]:
     )
 
 
-def _read_line(file: IO[bytes], number: int) -> bytes:
+def _read_line(file: Lines, number: int) -> bytes:
     try:
         line = file.readline(MAX_LINE + 1)
     except (OSError, EOFError, zlib.error) as exc:

@@ -478,7 +478,7 @@ class SqliteGraph(StoredGraph):
                 taking.finish(connection)
         except RecognitionError as exc:
             exc.written = True
-            exc.add_note("What was taken in so far is of no use alone: begin again, with restart.")
+            exc.add_note("What was taken in so far is of no use: import again, with --restart.")
             raise
         return count
 

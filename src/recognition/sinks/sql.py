@@ -31,7 +31,7 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -381,14 +381,21 @@ class SqlSink(ABC):
         *,
         key: str,
         columns: Mapping[str, str],
-        fill: Sequence[str] = (),
         index: Sequence[str] = ("anonymous_id",),
+        stamps: Sequence[str] = (),
+        stamped: Collection[object] = (),
     ) -> int:
         """
         Insert the rows whose key is not there yet, in one transaction.
 
         The table and columns that are missing are created. Of rows with the same key the first
-        stands; into a row that is there already, what its columns of ``fill`` lack is filled in.
+        stands, but for what recognition has stamped on it: a row that is there already gets the
+        stamp of the row that is loaded. Without that, a row that became visible after an update
+        about it was applied, and whose worker died then, would hold the old stamp for good: when
+        its message comes again, `Recognizer.flushed` trusts the stamp of now. That a worker which
+        was held up replaces a newer stamp does no harm either: its `flushed` compares what it
+        stamped with the owner of then, and emits an update where they differ.
+
         Loading the same rows again changes nothing.
 
         Args:
@@ -398,12 +405,19 @@ class SqlSink(ABC):
             columns: Name and kind: ``text``, ``time``, ``integer``, ``float`` or ``boolean``.
             index: The columns by which updates find rows; a table that is made gets an index on
                 each of them that it has, where the database finds rows by indexes.
+            stamps: The columns that recognition writes, that of the owner first. Where nobody is
+                stamped and the row that is there has an owner, all are emptied, as an update would
+                do it. Of two that hold ``recognition_version`` the greater one stands.
+            stamped: The keys of the rows whose stamp replaces the one that is there; never those of
+                rows whose event itself wrote what is in these columns.
 
         Returns:
             How many rows were inserted.
         """
         return self._transact(
-            lambda transaction: self._load(transaction, table, rows, key, columns, fill, index)
+            lambda transaction: self._load(
+                transaction, table, rows, key, columns, index, stamps, stamped
+            )
         )
 
     def _transact(self, work: Callable[[Transaction], _Result]) -> _Result:
@@ -624,10 +638,7 @@ class SqlSink(ABC):
 
     def _empty(self, table: sa.TableClause, target: Target, name: str) -> _Condition:
         column = target.column(name)
-        expression = table.c[column.name]
-        if column.kind == "text" and not column.nullable:
-            return expression == sa.literal_column("''")
-        return expression.is_(None)
+        return _is_empty(table.c[column.name], column)
 
     @staticmethod
     def inside(
@@ -1021,8 +1032,9 @@ class SqlSink(ABC):
         rows: Sequence[Mapping[str, object]],
         key: str,
         columns: Mapping[str, str],
-        fill: Sequence[str],
         index: Sequence[str],
+        stamps: Sequence[str],
+        stamped: Collection[object],
     ) -> int:
         self._targets.pop(table, None)
         target = self._create(transaction, table, key, columns, index)
@@ -1032,34 +1044,25 @@ class SqlSink(ABC):
             else _like(f"value_{place}", target.column(name))
             for place, (name, kind) in enumerate(columns.items())
         ]
+        stage_columns.append(StageColumn("stamped", "integer"))
         stage = _named_stage(repr((table, tuple(columns.items()))), stage_columns)
         first: dict[object, Mapping[str, object]] = {}
         for row in rows:
             first.setdefault(row[key], row)
-        self._make_stage(
-            transaction,
-            stage.name,
-            stage_columns,
-            target,
-            [[row.get(name) for row in first.values()] for name in columns],
-        )
+        lists: list[list[Any]] = []
+        for name, kind in columns.items():
+            values: list[Any] = [row.get(name) for row in first.values()]
+            column = target.column(name)
+            as_text = kind != "time" and column.kind == "text"
+            lists.append(_convert(column, values) if as_text else values)
+        lists.append([int(value in stamped) for value in first])
+        self._make_stage(transaction, stage.name, stage_columns, target, lists)
         clause = target.clause()
         staged = {name: stage.c[f"value_{place}"] for place, name in enumerate(columns)}
         same = clause.c[target.column(key).name] == staged[key]
-        if fill:
-            lacks = {
-                name: sa.and_(self._empty(clause, target, name), staged[name].is_not(None))
-                for name in fill
-            }
-            filled = {
-                clause.c[target.column(name).name]: sa.case(
-                    (lacks[name], staged[name]), else_=clause.c[target.column(name).name]
-                )
-                for name in fill
-            }
-            transaction.execute(
-                sa.update(clause).values(filled).where(same, sa.or_(*lacks.values()))
-            )
+        if stamps and any(lists[-1]):
+            restamp = self._restamp(clause, staged, target, stamps)
+            transaction.execute(restamp.where(same, stage.c.stamped == 1))
         inserted = transaction.execute(
             sa.insert(clause).from_select(
                 [target.column(name).name for name in columns],
@@ -1070,6 +1073,34 @@ class SqlSink(ABC):
         ).rowcount
         self._drop(transaction, stage)
         return inserted
+
+    def _restamp(
+        self,
+        table: sa.TableClause,
+        staged: Mapping[str, _Expression],
+        target: Target,
+        stamps: Sequence[str],
+    ) -> sa.Update:
+        """Rows that are there get the stamp that is loaded, where it differs; see `load`."""
+        owner = stamps[0]
+        nobody = _is_empty(staged[owner], target.column(owner))
+        values: dict[_Expression, _Expression] = {}
+        differs = []
+        newer = sa.true()
+        for name in stamps:
+            column = table.c[target.column(name).name]
+            differs.append(
+                self._exact(column, target).is_distinct_from(self._exact(staged[name], target))
+            )
+            emptied = _nothing(target.column(name))
+            if name == VERSION_COLUMN:
+                newer = sa.or_(column.is_(None), column <= staged[name])
+                emptied = column  # it goes on to say that recognition wrote the row
+            values[column] = sa.case((nobody, emptied), else_=staged[name])
+        changes = sa.case(
+            (nobody, ~self._empty(table, target, owner)), else_=sa.and_(newer, sa.or_(*differs))
+        )
+        return sa.update(table).values(values).where(changes)
 
     def _create(
         self,
@@ -1160,6 +1191,18 @@ def _cut_and_spare(
         again = {n: covers[place] for n, place in enumerate(places) if place in covers}
         for left in cut_step(part, again):
             yield left, bearing
+
+
+def _is_empty(expression: _Expression, column: Column) -> _Condition:
+    nothing = _nothing(column)
+    return expression.is_(None) if isinstance(nothing, sa.Null) else expression == nothing
+
+
+def _nothing(column: Column) -> _Expression:
+    """What a column that is empty holds."""
+    if column.kind == "text" and not column.nullable:
+        return sa.literal_column("''")
+    return sa.null()
 
 
 def _joined(names: Iterable[str], target: Target) -> str:
