@@ -1,9 +1,9 @@
 """
 Workers that race for one graph and are killed at any step; started as a process by the tests.
 
-    python racing.py SERVER_URI FOLDER TRIAL [--events N] [--broken NAME]
+    python racing.py SERVER_URI FOLDER TRIAL... [--events N] [--broken NAME]
 
-What it prints is one JSON object: what became of the trial. A trial follows from its number: the
+What it prints is one JSON object a line: what became of each trial. A trial follows from its number: the
 events, who gets them in which order, and how likely it is that somebody pauses or dies at a step.
 A step is a command that a process sends to MongoDB, before it and after its answer, or a statement
 to the warehouse. How the steps of several processes fall is up to the machine.
@@ -15,10 +15,10 @@ again from the last batch that they had acknowledged, and in the end forks a ref
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import sys
@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -132,7 +132,9 @@ class Trial:
         users = [f"user{n}" for n in range(draw.randint(3, 6))]
         # An email belongs to a user, and now and then to another one, which is a conflict.
         emails = {f"mail{n}@example.com": draw.choice(users) for n in range(draw.randint(6, 24))}
-        aliases = draw.choice([[], [(users[0], users[1])], [(users[1], users[0]), ("old", "user2")]])
+        aliases = draw.choice(
+            [[], [(users[0], users[1])], [(users[1], users[0]), ("old", "user2")]]
+        )
         tied = self.rules_keep_ids
         named = draw.random() < 0.5
         found = []
@@ -438,7 +440,7 @@ class Race:
         acknowledged = self.folder / f"acknowledged-{process.name}"
         done = int(acknowledged.read_text()) if acknowledged.exists() else 0
         # Small batches of many workers for small races, big ones for big ones.
-        largest = random.Random(f"sizes {trial.number}").choice([12, 30, 60])
+        largest = random.Random(f"sizes {trial.number}").choice([15, 40, 80])
         # Some find the sweeps of the dead while they work, for others the referee finds them.
         graph = open_graph(self.url, grace=draw.choice([0.2, 10.0]))
         recognizer = Recognizer(graph, trial.rules)
@@ -502,7 +504,7 @@ class Race:
             over = (self.folder / "over").exists()
             done = deliver(graph, sink, window=draw.choice([10, 100, 1_000]), lease=LEASE)
             assert not done.rejected, done.rejected
-            time.sleep(0.005)
+            time.sleep(0.02)
         chaos.write()
 
     # ---------------------------------------------------------------- the one that compares
@@ -512,7 +514,9 @@ class Race:
         graph, sink = self._graph_that_tells(), self._sink()
         swept = graph.recover(rules)
         self._drain(graph, sink)
-        owners = trial.oracle().owners()
+        oracle: Any = trial.oracle()
+        oracle.claims = cache(oracle.claims)
+        owners = oracle.owners()
         want = {
             (table, e.message_id): owners[e.message_id]
             for e in trial.all_events
@@ -560,6 +564,8 @@ class Race:
             "counts": counts,
         }
         graph.close()
+        with MongoClient[dict[str, Any]](self.url) as client:
+            client.drop_database(client.get_default_database().name)
         (self.folder / "result").write_text(json.dumps(result))
 
     def _drain(self, graph: Any, sink: Any) -> None:
@@ -645,7 +651,9 @@ def foreign_updates(trial: Trial, updates: Iterator[UpdateByCriteria]) -> list[s
             may: set[str] | None = None
             if isinstance(criterion, Messages):
                 may = set.intersection(*(by_message[m] for m, _ in criterion.refs))
-            elif getattr(criterion, "column", None) == "anonymous_id" and criterion.kind == "equals":
+            elif (
+                getattr(criterion, "column", None) == "anonymous_id" and criterion.kind == "equals"
+            ):
                 may = by_device[str(criterion.value)]
             elif getattr(criterion, "column", None) == "user_id" and criterion.kind == "equals":
                 may = near[str(criterion.value)]
@@ -699,19 +707,21 @@ BROKEN: dict[str, Callable[[], None]] = {"read-first": _read_first, "no-locks": 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="One trial of racing workers.")
+    parser = argparse.ArgumentParser(description="Trials of racing workers.")
     parser.add_argument("server")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("trial", type=int)
+    parser.add_argument("trials", type=int, nargs="+")
     parser.add_argument("--events", type=int, default=EVENTS)
     parser.add_argument("--broken", choices=BROKEN)
     given = parser.parse_args()
-    trial = Trial(number=given.trial, events=given.events)
-    url = with_database(given.server, f"recognition_race_{uuid.uuid4().hex[:12]}")
-    result = Race(trial, url, given.folder, given.broken).run()
-    with MongoClient[dict[str, Any]](url) as client, contextlib.suppress(Exception):
-        client.drop_database(client.get_default_database().name)
-    json.dump(result, sys.stdout)
+    for number in given.trials:
+        trial = Trial(number=number, events=given.events)
+        url = with_database(given.server, f"recognition_race_{uuid.uuid4().hex[:12]}")
+        folder = given.folder / str(number)
+        folder.mkdir()
+        result = Race(trial, url, folder, given.broken).run()
+        print(json.dumps(result), flush=True)
+        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

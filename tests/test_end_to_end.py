@@ -330,7 +330,7 @@ IN_BETWEEN = {
 def test_a_row_that_is_loaded_again_gets_the_stamp_of_now(
     scheme: str, mode: str, between: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker dies after its row became visible, too late for an update that was applied before."""
+    """A worker dies after its row became visible, too late for an update applied before."""
     monkeypatch.chdir(tmp_path)
     target = "user_id" if mode == "version" else mode
     place = ["--graph", "sqlite:///graph.db", "--sink", f"{scheme}:///warehouse.{scheme}"]

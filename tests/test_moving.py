@@ -165,7 +165,7 @@ def check_move(move: str, mode: str, actions: list[Action], cut: int, policy: Po
         stay.graph.compact()  # devices of which nothing is known any more do not come along
         take_in(go.graph, lines_of(stay.graph))
 
-        assert contents(go.graph) == contents(stay.graph)
+        assert counted(move, go.graph) == counted(move, stay.graph)
         assert go.graph.check() == []
         for action in actions[cut:]:
             stay.do(action)
@@ -174,9 +174,18 @@ def check_move(move: str, mode: str, actions: list[Action], cut: int, policy: Po
         go.deliver()
 
         assert go.owners == stay.owners[-len(go.owners) :] or not go.owners
-        assert go.told == stay.told
         assert go.warehouse.tables == _without_versions(go, stay)
-        assert contents(go.graph) == contents(stay.graph)
+        assert counted(move, go.graph) == counted(move, stay.graph)
+        if move not in OVER_A_NETWORK:
+            assert go.told == stay.told
+
+
+def counted(move: str, graph: Graph) -> GraphStats:
+    """MongoDB counts a row again that comes again in another batch, and estimates what waits."""
+    stats = contents(graph)
+    if move in OVER_A_NETWORK:
+        return replace(stats, references=0, pending_updates=0)
+    return stats
 
 
 def _without_versions(go: Journey, stay: Journey) -> dict[str, Any]:

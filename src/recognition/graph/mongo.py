@@ -314,21 +314,24 @@ class MongoGraph(StoredGraph):
         kept = self._patiently(self._kept_days)
         freed = 0
         for name in _ROWS:
-            old: list[Any] = []
+            old: list[_Document] = []
             for document in self._db[name].find({}, batch_size=20_000):
-                key = document["_id"]
-                if _day(key) not in kept.get(_slot(key) // 4, ()):
-                    old.append(DeleteOne({"_id": key}))
-                    freed += len(bson.encode(document))
+                if not _is_kept(document["_id"], kept):
+                    old.append(document)
                 if len(old) == _CHUNK:
-                    self._remove(name, old)
+                    freed += self._remove(name, old)
                     old = []
-            self._remove(name, old)
+            freed += self._remove(name, old)
         return freed
 
-    def _remove(self, name: str, writes: Sequence[Any]) -> None:
-        if writes:
+    def _remove(self, name: str, old: Sequence[_Document]) -> int:
+        """Those that are not kept now either: a day is noted before its first row is there."""
+        kept = self._patiently(self._kept_days) if old else {}
+        gone = [document for document in old if not _is_kept(document["_id"], kept)]
+        if gone:
+            writes = [DeleteOne({"_id": document["_id"]}) for document in gone]
             self._patiently(lambda: self._db[name].bulk_write(writes, ordered=False))
+        return sum(len(bson.encode(document)) for document in gone)
 
     def _kept_days(self) -> dict[int, set[int]]:
         """The days that have rows, by the number of their place."""
@@ -1952,6 +1955,11 @@ def _day(key: bytes) -> int:
 def _slot(key: bytes) -> int:
     """Of a row: four times its place, and how it is packed."""
     return int.from_bytes(key[DIGEST + 3 : DIGEST + 6])
+
+
+def _is_kept(key: bytes, kept: Mapping[int, Collection[int]]) -> bool:
+    """Whether a row is of a day that is kept, by the number of its place."""
+    return _day(key) in kept.get(_slot(key) // 4, ())
 
 
 def _rows_of(prefix: bytes) -> str:

@@ -981,7 +981,8 @@ class _SqliteStore:
     def add_references(self, references: Iterable[Reference]) -> None:
         joined: dict[tuple[int, int, int], bytes] = {}
         places = self._place_ids
-        for subject, tables, message_id, at in references:
+        # A message may come twice in a batch; what is open already is looked at below.
+        for subject, tables, message_id, at in dict.fromkeys(references):
             day, kind, packed = pack(message_id, at)
             place = places[tables] if tables in places else self._place_id(tables)
             key = (subject, day, 3 * place + kind)

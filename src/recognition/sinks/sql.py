@@ -1086,7 +1086,7 @@ class SqlSink(ABC):
         nobody = _is_empty(staged[owner], target.column(owner))
         values: dict[_Expression, _Expression] = {}
         differs = []
-        newer = sa.true()
+        newer: sa.ColumnElement[bool] = sa.true()
         for name in stamps:
             column = table.c[target.column(name).name]
             differs.append(
