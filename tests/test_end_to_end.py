@@ -451,7 +451,8 @@ def test_numbers_become_text_in_columns_of_text(scheme: str, tmp_path: Path) -> 
     columns = {"message_id": "text", "anonymous_id": "text", "user_id": "text", "timestamp": "time"}
     columns |= {"context_traits_age": "text", "context_traits_vip": "text"}
     traits: dict[str, str | int | float | bool] = {"age": 33, "vip": True}
-    for event in [make_event("1", DAY, "d"), make_event("2", DAY, "d", user_id="u", traits=traits)]:
+    events = [make_event("1", DAY, "d"), make_event("2", DAY, "d", user_id="u", traits=traits)]
+    for event in [*events, make_event("3", DAY, "d")]:
         rows = recognizer.rows(recognizer.process([event]))["events"]
         sink.load("events", rows, key="message_id", columns=columns)
 
@@ -461,8 +462,8 @@ def test_numbers_become_text_in_columns_of_text(scheme: str, tmp_path: Path) -> 
     path = tmp_path / f"warehouse.{scheme}"
 
     assert delivered.rejected == []
-    assert read_column(path, "context_traits_age") == {"1": "33", "2": "33"}
-    assert read_column(path, "context_traits_vip") == {"1": "true", "2": "true"}
+    assert read_column(path, "context_traits_age") == {"1": "33", "2": "33", "3": "33"}
+    assert read_column(path, "context_traits_vip") == {"1": "true", "2": "true", "3": "true"}
 
 
 def test_a_value_that_does_not_fit_is_a_dead_letter(tmp_path: Path) -> None:

@@ -823,7 +823,7 @@ def everything_of(server: Server, url: str, rules: Rules) -> tuple[bytes, bytes,
     files = b"".join(
         path.read_bytes().rstrip(b"\0")
         for path in sorted(server.folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and "Preplog" not in path.name  # 100 MB of zeros each
     )
     return stored, files, sent
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import bson
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from pymongo import MongoClient, monitoring
 
@@ -143,6 +143,7 @@ def pairs(count: int) -> list[list[Event]]:
 #: By kind of batch: how to make it after what came before, and the commands that ten of it cost.
 KINDS: dict[str, tuple[Callable[[int], list[list[Event]]], int]] = {
     "anonymous": (anonymous, 2),
+    "anonymous, of known days": (lambda n: [devices(n), devices(n, start=50)], 1),
     "anonymous, of half a year": (many_days, 2 + mongo.SLOTS),
     "anonymous, with new tables": (many_tables, 8),
     "anonymous, of claimed devices": (lambda n: [devices(n, "u"), devices(n, start=50)], 3),
@@ -150,11 +151,15 @@ KINDS: dict[str, tuple[Callable[[int], list[list[Event]]], int]] = {
     "new persons on devices with rows": (lambda n: [devices(n), devices(n, "u", 50)], 10),
     "a second claim": (lambda n: [devices(n, "u"), devices(n, "v", 50)], 12),
     "a link": (lambda n: [devices(n, "u"), devices(n, "u", 50, email="#@x.com")], 12),
-    "the same link again": (
-        lambda n: [devices(n, "u", start, email="#@x.com") for start in (0, 50)],
-        7,
-    ),
     "merged persons": (pairs, 18),
+}
+
+
+RULES_OF_KINDS = {
+    "anonymous, with new tables": Rules(layout=LAYOUTS["segment"]),
+    "anonymous, of known days": Rules(
+        target_column="stitched_user_id", default=TableRules(references=References.DAYS)
+    ),
 }
 
 
@@ -167,11 +172,11 @@ def test_commands_of_a_batch_do_not_depend_on_its_size(kind: str, mongodb_url: s
     blocks that grow by four.
     """
     make, limit = KINDS[kind]
-    layout = LAYOUTS["segment"] if kind == "anonymous, with new tables" else Rules().layout
+    rules = RULES_OF_KINDS.get(kind, Rules())
     commands = Commands()
     counted: dict[int, Counter[str]] = {}
     with overheard(mongodb_url, commands, grace=3_600) as graph:
-        recognizer = Recognizer(graph, Rules(layout=layout))
+        recognizer = Recognizer(graph, rules)
         warm = 191 if kind == "anonymous, of half a year" else 1
         recognizer.process([make_event(new_id(), START - n * DAY, "before") for n in range(warm)])
         for size in (10, 100, 1_000):
@@ -692,7 +697,8 @@ def written_ids(kind: str, number: int) -> tuple[str, int]:
 
 KINDS_OF_IDS = ("UUID, milliseconds", "UUID, microseconds", "either", "text", "of persons")
 GROUPS = st.lists(st.lists(st.integers(0, 15), min_size=1, max_size=16), min_size=1, max_size=8)
-FEW = settings(max_examples=25, deadline=None)
+# Not made smaller when it fails: each one is small, and costs commands.
+FEW = settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.generate))
 
 
 def rows_of(graph: MongoGraph, rules: Rules, names: Sequence[str]) -> dict[str, Rows]:

@@ -26,7 +26,7 @@ from pymongo import monitoring
 
 from mongod import GivenServer
 from oracle import Oracle, make_event
-from racing import BROKEN
+from racing import BROKEN, LIMIT
 from recognition.attribution import DAY, AttributionRules
 from recognition.events import Event, Identifier
 from recognition.graph import mongo, open_graph
@@ -70,14 +70,14 @@ def race(
         ],
         capture_output=True,
         text=True,
-        timeout=120 * len(numbers),
+        timeout=LIMIT * len(numbers),
         check=False,
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.timeout(120 * GROUP + 60)
+@pytest.mark.timeout(LIMIT * GROUP + 60)
 @pytest.mark.parametrize("first", range(0, TRIALS, GROUP))
 def test_rows_are_the_oracles_whatever_dies_and_waits(
     first: int,
@@ -104,7 +104,7 @@ def test_rows_are_the_oracles_whatever_dies_and_waits(
         assert outcome["updates_again"] == 0 or outcome["undo"], shown
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(2 * LIMIT)
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_race_can_be_lost(broken: str, arena: GivenServer, tmp_path: Path) -> None:
     """A protocol that is wrong leaves wrong rows: who reads first, and who does not lock."""

@@ -171,6 +171,11 @@ class Recognizer:
         sent its update too early; the graph is read again, and rows whose owner has changed get an
         update. Calling it twice emits the same updates again, which changes nothing.
 
+        It trusts that the rows hold what `rows` gave for this very receipt. So a message that comes
+        again, because its worker died before this call, must replace the stamp of the row that is
+        there: an update may have been applied before that row was visible. A batch is done, and not
+        to be read again, when this returns.
+
         Returns:
             The number of updates emitted.
         """

@@ -64,9 +64,11 @@ from recognition.rules import References, Rules, Supersede
 
 USER_ID = "user_id"
 
-# One update names at most this many messages (about 1 MB as JSON), so that a device of a million
-# events makes many messages of bounded size instead of one without bound.
+# One update names at most this many messages (about 1 MB as JSON), and ids of so many bytes: a device
+# of a million events makes many messages of bounded size instead of one without bound. MongoDB
+# keeps no document above 16 MB.
 MAX_REFS = 10_000
+MAX_REF_BYTES = 2_000_000
 
 # The end of a claim that has no effect at all, but whose row is still there.
 _NEVER = BEGINNING - 1
@@ -1472,15 +1474,19 @@ def _named(link: StoredLink, names: Mapping[int, Identifier]) -> Link:
 
 
 def _parts(refs: Mapping[str, int]) -> Iterable[list[tuple[str, int]]]:
-    """References in time order, in parts of bounded size; equal times stay in one part."""
-    ordered = sorted(refs.items(), key=lambda ref: (ref[1], ref[0]))
-    start = 0
-    while start < len(ordered):
-        end = min(start + MAX_REFS, len(ordered))
-        while end < len(ordered) and ordered[end][1] == ordered[end - 1][1]:
-            end += 1
-        yield ordered[start:end]
-        start = end
+    """References in time order, in parts of bounded size; equal times stay together if they can."""
+    part: list[tuple[str, int]] = []
+    size = 0
+    for message_id, time in sorted(refs.items(), key=lambda ref: (ref[1], ref[0])):
+        length = len(message_id.encode())
+        full = len(part) >= MAX_REFS and part[-1][1] != time
+        if part and (full or size + length > MAX_REF_BYTES):
+            yield part
+            part, size = [], 0
+        part.append((message_id, time))
+        size += length
+    if part:
+        yield part
 
 
 def _runs(days: Collection[int]) -> Iterable[tuple[int, int]]:

@@ -250,6 +250,9 @@ class MongoGraph(StoredGraph):
             What was done, or is to be done in mongosh, a line each.
         """
         if run:
+            with _connect(url, 30.0) as client, _translated():
+                _check_server(client)
+                _initialise(_database(client, _name_in(url)))
             with cls(url) as graph:
                 lines = [f"database {graph._db.name}: {len(COLLECTIONS)} collections are there"]
                 if sharded and graph._is_cluster:
@@ -664,8 +667,9 @@ class MongoGraph(StoredGraph):
     def _take_numbers(self, count: int) -> int:
         """The first of so many new numbers, greater than all that were ever taken."""
         # Not majority: what commits after this is in the log after it, so that it cannot be there
-        # without this being there.
-        meta = self._db["meta"].with_options(write_concern=WriteConcern(1))
+        # without this being there. Shards have a log each.
+        concern = _MAJORITY if self._is_cluster else WriteConcern(1)
+        meta = self._db["meta"].with_options(write_concern=concern)
         return self._count_up("sequence", count, meta) - count + 1
 
     @staticmethod
@@ -2336,8 +2340,7 @@ def _initialise(database: Database[_Document]) -> None:
     there = {found["name"]: found.get("options", {}) for found in database.list_collections()}
     if "meta" in there and database["meta"].find_one() is not None:
         schema = database["meta"].find_one({"_id": "schema"})
-        begun = database["meta"].find_one({"_id": "begun"})
-        if schema is None and begun is None:
+        if schema is None:
             foreign = sorted(set(there) & set(COLLECTIONS))
             raise GraphSchemaError(
                 "the database holds no recognition graph, but collections with the names of one"

@@ -42,6 +42,7 @@ kind            further keys
 * Times are microseconds since 1970-01-01 UTC. Only who was unlinked before it was seen has the
   greatest of 64 bits, and an empty message id.
 * A timeline is told if it was claimed, released or barred; any other is known by its rows alone.
+  Who is barred, and is no identifier of this file, was forgotten: that means nothing any more.
   An ``until`` of -1 is that of a claim without any effect.
 * A timeline of many claims, and a subject of many rows, take several lines; each names a part of at
   most `PART` claims or rows, and repeats the rest. So only an update makes a line long, and that is

@@ -827,12 +827,12 @@ class _SqliteStore:
             ],
         )
 
-    def ids_of(self, names: Collection[bytes]) -> dict[bytes, int]:
-        """The numbers by which an import knows digests and components; new ones are made."""
+    def ids_of(self, names: Collection[bytes], *, make: bool = True) -> dict[bytes, int]:
+        """The numbers by which an import knows digests and components; ``make``: or will."""
         found = dict(
             self._select_in("SELECT name, id FROM taking_in WHERE name IN ({})", (), names)
         )
-        new = sorted(name for name in names if name not in found)
+        new = sorted(name for name in names if make and name not in found)
         last = self._get("identifier")
         made = {name: last + n for n, name in enumerate(new, start=1)}
         self._set("identifier", last + len(made))
@@ -1546,15 +1546,15 @@ class _TakingIn:
 
     def _write_timelines(self, store: _SqliteStore, group: Sequence[TimelineRecord]) -> None:
         handles = store.handles_of({r.digest for r in group})
-        named = {name for r in group for name in r.barred}
-        named |= {claim.owner for r in group for claim in r.claims if claim.owner is not None}
-        ids = store.ids_of(named)
+        barred = store.ids_of({name for r in group for name in r.barred}, make=False)
+        ids = store.ids_of({c.owner for r in group for c in r.claims if c.owner is not None})
         claims: dict[str, tuple[int, list[Claim]]] = {}
         for r in group:
             if r.released_until is not None:
                 store.release_until(r.digest, r.released_until)
             for name in r.barred:
-                store.bar(handles[r.digest], ids[name])
+                if name in barred:
+                    store.bar(handles[r.digest], barred[name])
             for at, message_id, owner, until, soft in r.claims:
                 assert r.anonymous_id is not None
                 claims.setdefault(r.anonymous_id, (handles[r.digest], []))[1].append(

@@ -392,9 +392,10 @@ class SqlSink(ABC):
         stands, but for what recognition has stamped on it: a row that is there already gets the
         stamp of the row that is loaded. Without that, a row that became visible after an update
         about it was applied, and whose worker died then, would hold the old stamp for good: when
-        its message comes again, `Recognizer.flushed` trusts the stamp of now. That a worker which
-        was held up replaces a newer stamp does no harm either: its `flushed` compares what it
-        stamped with the owner of then, and emits an update where they differ.
+        its message comes again, `Recognizer.flushed` trusts the stamp of now. A worker that was
+        held up may put an older stamp in the place of a newer one. Its own `flushed` follows,
+        compares that stamp with the owner of then, and emits an update where they differ; only if
+        it dies before, after another worker has finished the same batch, does the older one stay.
 
         Loading the same rows again changes nothing.
 
