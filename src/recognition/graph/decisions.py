@@ -64,9 +64,9 @@ from recognition.rules import References, Rules, Supersede
 
 USER_ID = "user_id"
 
-# One update names at most this many messages (about 1 MB as JSON), and ids of so many bytes: a device
-# of a million events makes many messages of bounded size instead of one without bound. MongoDB
-# keeps no document above 16 MB.
+# One update names at most this many messages (about 1 MB as JSON), and ids of so many bytes: a
+# device of a million events makes many messages of bounded size instead of one without bound.
+# MongoDB keeps no document above 16 MB.
 MAX_REFS = 10_000
 MAX_REF_BYTES = 2_000_000
 
