@@ -1416,9 +1416,7 @@ def test_load_replaces_the_stamp_where_it_may_not_be_null(
     for user, plan in [("u", "pro"), ("U", "pro"), (None, "free"), (None, "free"), ("u", None)]:
         rows = [{"message_id": "m1", "user_id": user, "plan": plan}]
         stamps = ("user_id", "plan")
-        sink.load(
-            "events", rows, key="message_id", columns=columns, stamps=stamps, stamped={"m1"}
-        )
+        sink.load("events", rows, key="message_id", columns=columns, stamps=stamps, stamped={"m1"})
         found += database.run("SELECT user_id, plan FROM events")
 
     assert found == [("u", "pro"), ("U", "pro"), ("", ""), ("", ""), ("u", "")]
