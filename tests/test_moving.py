@@ -181,11 +181,9 @@ def check_move(move: str, mode: str, actions: list[Action], cut: int, policy: Po
 
 
 def counted(move: str, graph: Graph) -> GraphStats:
-    """MongoDB counts a row again that comes again in another batch, and estimates what waits."""
-    stats = contents(graph)
-    if move in OVER_A_NETWORK:
-        return replace(stats, references=0, pending_updates=0)
-    return stats
+    """What a move keeps; a reference that came again may be kept twice, and moves once."""
+    stats = replace(contents(graph), references=0)
+    return replace(stats, pending_updates=0) if move in OVER_A_NETWORK else stats  # an estimate
 
 
 def _without_versions(go: Journey, stay: Journey) -> dict[str, Any]:

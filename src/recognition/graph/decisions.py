@@ -289,6 +289,9 @@ class _Decision:
         self._old_traits: dict[int, tuple[str | int | float | bool | None, ...]] = {}
         # Claims whose rows look anonymous, by timeline, in all windows that are written.
         self._soft: dict[int, Sequence[Claim]] = {}
+        # Timelines of which something was taken back: an update that empties their rows may be on
+        # its way, so that rows of nobody need not be empty yet.
+        self._taken_back: set[int] = set()
         self._now = datetime.now(UTC)
 
     # ---------------------------------------------------------------- a batch of events
@@ -371,7 +374,7 @@ class _Decision:
         owners, subjects = self._owners(living, devices, handles)
         if not rules.stamps:
             self._write_rows(living, [None] * len(living), owners, devices, handles)
-        self._outlast(living, owners, devices, new_claims)
+        self._outlast(living, owners, devices, new_claims, rows_first=rows_first)
         self._keep_references(living, {} if rows_first else devices, handles)
         self._finish()
         if rules.stamps:
@@ -764,6 +767,8 @@ class _Decision:
         cause: str | None,
     ) -> Iterable[_Rewrite]:
         rules = self._rules.attribution
+        if any(claim.until < END for claim in old):
+            self._taken_back.add(handle)
         for change in changes(
             spans(old, rules),
             spans(new, rules),
@@ -876,6 +881,8 @@ class _Decision:
         owners: Sequence[Owner | None],
         devices: Mapping[str, _Device],
         new_claims: Mapping[str, Sequence[Claim]],
+        *,
+        rows_first: bool,
     ) -> None:
         """
         Protect rows of this batch from older updates of their device that are still on their way.
@@ -909,25 +916,28 @@ class _Decision:
         for value, o, owner, device, looks_anonymous in suspects:
             if not looks_anonymous:
                 found = rows[device.handle].references.values() if device.handle in rows else ()
-                kept = any(t >= o.time for refs in found for t in refs.values())
-                kept = kept and not any(o.message_id in refs for refs in found)
+                others = [t for refs in found for m, t in refs.items() if m != o.message_id]
+                kept = any(t >= o.time for t in others)
+                # Where rows come first, one that is known may not have been decided about.
+                kept = kept and (rows_first or not any(o.message_id in refs for refs in found))
                 tables = [t for t in o.tables if kept and self._rules.keeps_references(t)]
             else:
                 at = owner_at(device.claims, o.time, self._rules.attribution)
-                others = self._values({at}).get(at) != owner
+                foreign = self._values({at}).get(at) != owner
                 tables = [
                     t
                     for t in o.tables
-                    if others and self._rules.supersede_of(t) is Supersede.COLUMN
+                    if foreign and self._rules.supersede_of(t) is Supersede.COLUMN
                 ]
             if tables:
                 self._store.lock({device.handle}, ())
             for table in tables:
                 columns = self._rules.layout.columns_of(table)
-                criteria: list[Criterion] = [
-                    Equals(column=columns.anonymous_id, value=value),
-                    self._messages(table, [(o.message_id, o.time)]),
-                ]
+                criteria: list[Criterion] = [Equals(column=columns.anonymous_id, value=value)]
+                if self._rules.has_own_column and not self._rules.identified_follow_device:
+                    # As all updates of a device ask: a later one takes the place of this one.
+                    criteria.append(Empty(column=columns.user_id))
+                criteria.append(self._messages(table, [(o.message_id, o.time)]))
                 self._emit(table, owner, criteria, 1, Cause(anonymous_id=value))
 
     def _keep_references(
@@ -1288,7 +1298,7 @@ class _Decision:
             criteria.append(Empty(column=columns.user_id))
         expected = True
         if self._rules.supersede_of(table) is Supersede.REFERENCES:
-            if old is not None or not whole:
+            if old is not None or not whole or timeline in self._taken_back:
                 for part in _parts(refs):
                     named = [*criteria, self._messages(table, part)]
                     self._emit(table, new, named, len(part), cause)

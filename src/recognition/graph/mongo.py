@@ -924,20 +924,25 @@ class MongoGraph(StoredGraph):
         outbox = self._db["outbox"]
         free = {"_id": {"$gt": 0}, "$expr": {"$lte": ["$until", "$$NOW"]}}
 
+        tried: list[int] = []
+
         def lease() -> list[_Document]:
             until = {"$add": ["$$NOW", round(seconds * 1000)]}
-            leased: list[_Document] = []
-            while not leased:
-                keys = [d["_id"] for d in outbox.find(free, {"_id": 1}).sort("_id", 1).limit(limit)]
-                if not keys:
-                    break
+            while True:
+                # Some of them may have been leased by another worker in between: if all, go on.
+                # And where the connection broke, they may be ours already.
+                mine = {"_id": {"$in": tried}, "holder": holder}
+                if tried and (leased := list(outbox.find(mine).sort("_id", 1))):
+                    return leased
+                tried[:] = [
+                    d["_id"] for d in outbox.find(free, {"_id": 1}).sort("_id", 1).limit(limit)
+                ]
+                if not tried:
+                    return []
                 outbox.update_many(
-                    {**free, "_id": {"$in": keys}},
+                    {**free, "_id": {"$in": tried}},
                     [{"$set": {"until": until, "holder": holder, "n": {"$add": ["$n", 1]}}}],
                 )
-                # Some of them may have been leased by another worker in between: if all, go on.
-                leased = list(outbox.find({"_id": {"$in": keys}, "holder": holder}).sort("_id", 1))
-            return leased
 
         return [
             Delivery(d["_id"], parse_update(d["body"]), d["n"] - 1) for d in self._patiently(lease)
