@@ -71,6 +71,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, NamedTuple, Self, TypeVar, cast
 
 import bson
@@ -952,7 +953,7 @@ class MongoGraph(StoredGraph):
         """See `Graph.acknowledge`."""
         keys = list(positions)
         for name in ("outbox", "dead"):
-            self._patiently(lambda name=name: self._db[name].delete_many({"_id": {"$in": keys}}))  # type: ignore[misc]
+            self._patiently(partial(self._db[name].delete_many, {"_id": {"$in": keys}}))
 
     def return_updates(self, positions: Collection[int], reason: str, *, dead: bool) -> None:
         """See `Graph.return_updates`."""
@@ -1086,7 +1087,7 @@ class MongoGraph(StoredGraph):
             today = int(now.timestamp()) // 86_400
             kept.update(range(horizon, today + 2))
             for slot in set(range(SLOTS)) - {day // PERIOD % SLOTS for day in kept}:
-                self._patiently(lambda name=_ROWS[slot]: self._empty(name))  # type: ignore[misc]
+                self._patiently(partial(self._empty, _ROWS[slot]))
         return len(old)
 
     def _empty(self, name: str) -> None:
