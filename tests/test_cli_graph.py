@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from recognition.cli import main
+from recognition.errors import RecognitionError
 from recognition.graph.memory import MemoryGraph
 from recognition.graph.sqlite import SqliteGraph
 from test_cli import GRAPH, ROOT, SINK, Result, event, files, rows, write
@@ -368,7 +369,7 @@ def test_interrupted_import_says_how_it_goes_on(tmp_path: Path, graph: Cli) -> N
             with SqliteGraph("other.db") as other:
                 if other.check():
                     break
-        except Exception:  # not made yet
+        except RecognitionError:  # not made yet
             pass
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
