@@ -18,7 +18,9 @@ from graphs import EMBEDDED, open_mongodb
 from oracle import Oracle, batches, make_event
 from recognition.attribution import DAY, AttributionRules, Policy
 from recognition.events import Event, Identifier
-from recognition.graph import Graph
+from recognition.graph import Graph, decisions
+from recognition.graph.memory import MemoryGraph
+from recognition.graph.store import Rows, Store
 from recognition.recognizer import Recognizer
 from recognition.rules import References, Rules, Supersede, TableRules
 from warehouse import Warehouse
@@ -306,3 +308,30 @@ def check_undone(
         event.message_id for event in oracle.events
     }
     assert not oracle.events or pipeline.rows() == oracle.owners()
+
+
+@pytest.mark.parametrize("mode", ["references", "own column with days", "version"])
+def test_a_row_that_came_meanwhile_is_emptied_only_where_something_was_taken_back(
+    mode: str,
+) -> None:
+    """Claims give rows to somebody, never to nobody: only what undoes them can empty a row."""
+    rules = rules_of(mode, Policy.SINCE_LAST_IDENTIFY, stamps=True)
+    late = Rows({("events",): {"late": 9 * DAY}}, {("events",): {9}})
+    graph = MemoryGraph()
+    recognizer = Recognizer(graph, rules)
+    recognizer.process([make_event("claim", 5 * DAY, "d1", user_id="u1")])
+
+    def catch_up() -> int:
+        def work(store: Store) -> int:
+            handle = store.timelines({"d1"})["d1"].handle
+            window = (0, 20 * DAY)
+            return decisions.catch_up(store, rules, {handle: (late, window)}, set())
+
+        return graph._run(rules, work)
+
+    before = catch_up()
+    recognizer.release("d1", 30 * DAY)
+    after = catch_up()
+
+    assert before == 0
+    assert after > 0

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from recognition.errors import InputError
 from recognition.events import BOTS, Event, Identifier, is_bot
@@ -20,6 +21,8 @@ from recognition.identity import is_blocked, normalise
 from recognition.layouts import Row
 from recognition.messages import VERSION_COLUMN
 from recognition.rules import Rules, Supersede
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,31 +94,36 @@ class Recognizer:
             GraphError: Nothing of the batch was written.
         """
         observations: list[Observation] = []
-        positions: list[int] = []
-        blocked = bots = identified = 0
+        skipped: set[int] = set()  # positions of bots
+        blocked = identified = 0
         pattern = self._bots
+        agents: dict[str, bool] = {}  # those of the batch: most events share a few
         for position, event in enumerate(events):
             agent = event.user_agent
-            if agent is not None and pattern is not None and is_bot(agent, pattern):
-                bots += 1
-                continue
+            if agent is not None and pattern is not None:
+                bot = agents.get(agent)
+                if bot is None:
+                    bot = agents[agent] = is_bot(agent, pattern)
+                if bot:
+                    skipped.add(position)
+                    continue
             observation, refused = self._reduce(event)
             blocked += refused
             identified += bool(observation.known)
             observations.append(observation)
-            positions.append(position)
         outcome = self._graph.observe(self._rules, observations)
-        owners: list[Owner | None] = [None] * len(events)
-        versions = [0] * len(events)
-        names_user = [True] * len(events)
-        stamped = 0
-        for position, observation, owner, version in zip(
-            positions, observations, outcome.owners, outcome.versions, strict=True
-        ):
-            owners[position] = owner
-            versions[position] = version
-            names_user[position] = observation.names_user
-            stamped += owner is not None and not observation.known
+        owners, versions = list(outcome.owners), list(outcome.versions)
+        names_user = [o.names_user for o in observations]
+        stamped = sum(
+            [
+                owner is not None and not o.known
+                for o, owner in zip(observations, owners, strict=True)
+            ]
+        )
+        if skipped:
+            owners = _spread(owners, skipped, None)
+            versions = _spread(versions, skipped, 0)
+            names_user = _spread(names_user, skipped, True)
         return Recognition(
             events=tuple(events),
             owners=tuple(owners),
@@ -125,7 +133,7 @@ class Recognizer:
             anonymous=len(observations) - identified,
             identified=identified,
             stamped=stamped,
-            bots=bots,
+            bots=len(skipped),
             blocked=blocked,
             claims=outcome.counts.claims,
             links=outcome.counts.links,
@@ -264,6 +272,10 @@ class Recognizer:
         known: tuple[Identifier, ...] = ()
         as_seen: tuple[str, ...] = ()
         names_user = False
+        traits = event.traits
+        if identity.hashed:
+            # Beyond this line nothing holds the plain value of a hashed type.
+            traits = {name: traits[name] for name in self._rules.traits if name in traits}
         if event.known:
             kept = []
             for identifier in event.known:
@@ -277,16 +289,13 @@ class Recognizer:
             kept.sort()
             known = tuple([normalise(identifier, identity) for _, identifier in kept])
             as_seen = tuple([identifier.value for _, identifier in kept])
-        traits = event.traits
-        if identity.hashed:
-            # Beyond this line nothing holds the plain value of a hashed type.
-            as_seen = tuple(
-                [
-                    identifier.value if identifier.type in identity.hashed else seen
-                    for identifier, seen in zip(known, as_seen, strict=True)
-                ]
-            )
-            traits = {name: traits[name] for name in self._rules.traits if name in traits}
+            if identity.hashed:
+                as_seen = tuple(
+                    [
+                        identifier.value if identifier.type in identity.hashed else seen
+                        for identifier, seen in zip(known, as_seen, strict=True)
+                    ]
+                )
         previous = event.previous_id
         if previous is not None and (previous == anonymous_id or is_blocked(previous, identity)):
             previous = None
@@ -301,6 +310,13 @@ class Recognizer:
             self._rules.layout.tables_of(event),
             traits,
         ), blocked
+
+
+def _spread(values: Sequence[_Value], skipped: Collection[int], missing: _Value) -> list[_Value]:
+    """The values in their order, with ``missing`` at the positions that were skipped."""
+    given = iter(values)
+    count = len(values) + len(skipped)
+    return [missing if position in skipped else next(given) for position in range(count)]
 
 
 def _at(at: int | None) -> int:

@@ -160,6 +160,9 @@ class _Rewrite(NamedTuple):
 
 _NO_ROWS = Rows({}, {})
 
+# What a row may hold of which nothing is known: nothing that an owner could be is equal to it.
+_ANOTHER = Owner("", ("",))
+
 
 def observe(
     store: Store, rules: Rules, observations: Sequence[Observation], *, rows_first: bool = False
@@ -328,10 +331,11 @@ class _Decision:
             living.append(o)
             device = o.anonymous_id
             if device is not None:
-                if device in ranges:
-                    _widen(ranges, device, o.time)
-                else:
+                span = ranges.get(device)
+                if span is None:
                     ranges[device] = (o.time, o.time)
+                elif not span[0] <= o.time <= span[1]:
+                    _widen(ranges, device, o.time)
             if not o.known:
                 continue
             sighting = Seen(False, o.time, o.message_id)
@@ -387,13 +391,14 @@ class _Decision:
         return Outcome(owners, [versions.get(s, 0) for s in subjects], receipt, self._counts)
 
     def recheck(self, receipt: Receipt) -> int:
-        self._rewrite(receipt)
+        self._rewrite(receipt.observations, receipt.stamped)
         self._finish()
         return self._counts.updates
 
-    def _rewrite(self, receipt: Receipt) -> None:
-        """The rows of a receipt get the owners of now."""
-        observations = receipt.observations
+    def _rewrite(
+        self, observations: Sequence[Observation], stamped: Sequence[Owner | None] | None
+    ) -> None:
+        """These rows get the owners of now; ``None``: what they hold is not known."""
         identifiers = {i for o in observations for i in o.known}
         known = self._store.identifiers(identifiers) if identifiers else {}
         handles = {identifier: held.handle for identifier, held in known.items()}
@@ -403,7 +408,14 @@ class _Decision:
                 _widen(ranges, o.anonymous_id, o.time)
         devices = self._devices(ranges, {}, [])
         owners, _ = self._owners(observations, devices, handles)
-        self._write_rows(observations, receipt.stamped, owners, devices, handles)
+        if stamped is None:
+            # A row that is nobody's now was never anybody's, unless something was taken back.
+            taken = {v for v, device in devices.items() if _ends(device.claims)}
+            stamped = [
+                None if owner is None and o.anonymous_id not in taken else _ANOTHER
+                for o, owner in zip(observations, owners, strict=True)
+            ]
+        self._write_rows(observations, stamped, owners, devices, handles)
 
     # ---------------------------------------------------------------- persons
 
@@ -745,7 +757,7 @@ class _Decision:
     def _settled(self, old: Sequence[Claim], new: Sequence[Claim]) -> bool:
         """Whether new claims surely change no owner: most claims repeat the one before them."""
         policy = self._rules.attribution.policy
-        if not old or any(c.until < END for c in (*old, *new)):
+        if not old or _ends(old) or _ends(new):
             return False
         if policy is Policy.FIRST_CLAIM:
             return all(old[0] < claim for claim in new)
@@ -767,7 +779,7 @@ class _Decision:
         cause: str | None,
     ) -> Iterable[_Rewrite]:
         rules = self._rules.attribution
-        if any(claim.until < END for claim in old):
+        if _ends(old):
             self._taken_back.add(handle)
         for change in changes(
             spans(old, rules),
@@ -898,11 +910,14 @@ class _Decision:
             for claim in claims
             if claim.soft
         }
+        ended = {v for v, device in devices.items() if _ends(device.claims)}
+        if not soft and not ended:
+            return
         for o, owner in zip(observations, owners, strict=True):
             device = None if o.anonymous_id is None else devices.get(o.anonymous_id)
             if device is None or o.anonymous_id is None or not device.claims:
                 continue
-            if owner is None and not o.known and any(c.until < END for c in device.claims):
+            if owner is None and not o.known and o.anonymous_id in ended:
                 suspects.append((o.anonymous_id, o, owner, device, False))
             elif (o.anonymous_id, o.time, o.message_id) in soft:
                 suspects.append((o.anonymous_id, o, owner, device, True))
@@ -984,9 +999,7 @@ class _Decision:
             for message_id, time in refs.items()
         ]
         if observations:
-            # What these rows hold is not known: nothing that an owner could be is equal to this.
-            unknown = Owner("", ("",))
-            self._rewrite(Receipt(-1, tuple(observations), (unknown,) * len(observations)))
+            self._rewrite(observations, None)
         windows: dict[int, dict[str, list[tuple[int, int]]]] = {}
         for handle, (rows, window) in missed.items():
             if handle not in names:
@@ -1031,6 +1044,8 @@ class _Decision:
             cause = Cause(anonymous_id=names[handle])
             for start, end, owner in spans(found, self._rules.attribution):
                 new = self._after.get(owner) if isinstance(owner, int) else None
+                if new is None and not _ends(found):
+                    continue  # nothing was taken back: what is nobody's never was anybody's
                 for table, ranges in windows[handle].items():
                     for low, high in ranges:
                         part = Change(max(start, low), min(end, high), None, new)
@@ -1422,6 +1437,11 @@ class _Decision:
             self._store.emit(self._updates)
 
 
+def _ends(claims: Iterable[Claim]) -> bool:
+    """Whether some of them were taken back: by `unlink`, `release` or `forget`."""
+    return any(claim.until < END for claim in claims)
+
+
 def _keep_earliest(links: dict[tuple[Identifier, Identifier, bool], Link], link: Link) -> None:
     key = (link.a, link.b, link.alias)
     if key not in links or (link.time, link.message_id) < (links[key].time, links[key].message_id):
@@ -1476,7 +1496,7 @@ def _without(o: Observation, forgotten: Mapping[Identifier, int]) -> Observation
 
 def _widen(ranges: dict[str, tuple[int, int]], key: str, time: int) -> None:
     low, high = ranges.get(key, (time, time))
-    ranges[key] = (min(low, time), max(high, time))
+    ranges[key] = (time if time < low else low, time if time > high else high)
 
 
 def _named(link: StoredLink, names: Mapping[int, Identifier]) -> Link:

@@ -695,12 +695,12 @@ class MongoGraph(StoredGraph):
         self._decided_with(workspace, rules.fingerprint, reads_only=False)
         self._note(workspace, {table for tables in places for table in tables}, ())
         ids, days = decisions.device_rows(rules, observations)
-        name = workspace.device
+        name = {value: workspace.device(value) for rows in (ids, days) for value, _ in rows}
         fresh = self._write_references(
-            workspace, [(name(value), o.tables, o.message_id, o.time) for value, o in ids], session
+            workspace, [(name[value], o.tables, o.message_id, o.time) for value, o in ids], session
         )
         if days:
-            marks = {(name(value), o.tables, o.time // DAY) for value, o in days}
+            marks = {(name[value], o.tables, o.time // DAY) for value, o in days}
             fresh |= self._write_days(workspace, marks, session)
         return fresh
 
@@ -1148,16 +1148,11 @@ class _Workspace:
 
     def subjects(self, batch: Iterable[Observation]) -> set[bytes]:
         """Everybody whom a batch names: what a decision about it asks for first."""
-        found = set()
-        for o in batch:
-            if o.anonymous_id is not None:
-                found.add(self.device(o.anonymous_id))
-            for identifier in o.known:
-                found.add(self.known(identifier))
-            if o.previous_id is not None:
-                found.add(self.device(o.previous_id))
-                found.add(self.digest(decisions.USER_ID, o.previous_id))
-        return found
+        devices = {o.anonymous_id for o in batch if o.anonymous_id is not None}
+        known = {identifier for o in batch for identifier in o.known}
+        previous = {o.previous_id for o in batch if o.previous_id is not None}
+        known |= {Identifier(decisions.USER_ID, value) for value in previous}
+        return {*map(self.device, devices | previous), *map(self.known, known)}
 
     places: dict[tuple[str, ...], int] = field(default_factory=dict)
     place_names: dict[int, tuple[str, ...]] = field(default_factory=dict)
@@ -2067,8 +2062,9 @@ def _beside(rows: Rows, known: Rows) -> Rows:
     )
 
 
-def _claim_key(timeline: bytes, claim: Claim) -> bytes:
-    packed = pack_id(claim.message_id)
+def _claim_key(timeline: bytes, claim: Claim, packed: bytes | str | None = None) -> bytes:
+    if packed is None:
+        packed = pack_id(claim.message_id)
     tail = packed if isinstance(packed, bytes) else _hashed(packed)
     return timeline + claim.time.to_bytes(8) + tail
 
@@ -2079,8 +2075,8 @@ def _claim_range(timeline: bytes, low: int, high: int) -> tuple[bytes, bytes]:
 
 
 def _claim_document(timeline: bytes, claim: Claim) -> _Document:
-    document: _Document = {"_id": _claim_key(timeline, claim)}
     packed = pack_id(claim.message_id)
+    document: _Document = {"_id": _claim_key(timeline, claim, packed)}
     if isinstance(packed, str):
         document["m"] = packed
     if isinstance(claim.owner, int):

@@ -20,13 +20,13 @@ UUID_MS_FORMAT = struct.Struct(">I16s")
 
 def pack_id(value: str) -> bytes | str:
     """16 bytes for a UUID in its usual form, the text itself for all others."""
-    if len(value) == 36 and value[8] == value[13] == value[18] == value[23] == "-":
+    if len(value) == 36 and value[8:24:5] == "----":
         digits = value.replace("-", "")
         try:
             packed = bytes.fromhex(digits)
         except ValueError:
             return value
-        if len(packed) == 16 and packed.hex() == digits:
+        if packed.hex() == digits and len(packed) == 16:
             return packed
     return value
 
