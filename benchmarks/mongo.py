@@ -28,6 +28,9 @@ journal, except where it says otherwise:
     ours: parse, recognizer, graph, by what is kept of each anonymous event. 80 % of the events are
     anonymous, four visitors in ten log in. Three rates come from one run: of `Recognizer.process`
     alone, from the body as a dict (what ``whole`` starts from), and from the line of JSON;
+``streams``
+    ``references`` from two threads of one process that share a recognizer, each with the events of
+    its own half of the visitors, as a consumer of two partitions has them;
 ``writes-references``, ``writes-presence``
     the graph alone: ``Graph.observe`` with prepared observations, the same events without users.
 
@@ -62,6 +65,7 @@ import struct
 import sys
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -521,6 +525,30 @@ def run_ours(
     return figures
 
 
+def run_streams(meter: Meter, lines: list[str], rules: Rules, streams: int = 2) -> Figures:
+    parted: list[list[Event]] = [[] for _ in range(streams)]
+    for line in lines:
+        event = parse_event(json.loads(line))
+        parted[zlib.crc32((event.anonymous_id or "").encode()) % streams].append(event)
+    gc.collect()
+    gc.freeze()
+    clock = Clock()
+    graph = open_graph(meter.url)
+    recognizer = Recognizer(graph, rules)
+
+    def work(events: list[Event]) -> None:
+        for start in range(0, len(events), BATCH):
+            recognizer.process(events[start : start + BATCH])
+
+    meter.begin()
+    with clock, ThreadPoolExecutor(streams) as pool:
+        for done in [pool.submit(work, events) for events in parted]:
+            done.result()
+    figures = {**rates(len(lines), clock), **meter.happened(len(lines)), **meter.sizes(len(lines))}
+    graph.close()
+    return figures
+
+
 def drain(graph: Graph) -> Figures:
     """Lease and acknowledge what the outbox holds, a thousand at a time."""
     clock, leased, biggest = Clock(), 0, 0
@@ -641,7 +669,7 @@ OURS = ("references", "presence", "none")
 WRITES = ("writes-references", "writes-presence")
 WHOLE = ("whole", "whole-single")
 # What is compared runs next to each other, as far as that goes.
-PARTS = ("floor", *WRITES, "ids", "packed", *WHOLE, *OURS, "visitor")
+PARTS = ("floor", *WRITES, "ids", "packed", *WHOLE, *OURS, "streams", "visitor")
 
 
 def run_rounds(
@@ -663,6 +691,7 @@ def run_rounds(
             single=True,
         ),
     }
+    works["streams"] = partial(run_streams, lines=lines, rules=Rules())
     unknown = strangers(lines, options.identifies)
     for part in OURS:
         rules = rules_of(part)
