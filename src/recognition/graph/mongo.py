@@ -561,8 +561,8 @@ class MongoGraph(StoredGraph):
                 rules, lambda store: decisions.catch_up(store, rules, missed, tables)
             )
             _log.debug("rows of %d subjects came while they were decided", len(missed))
-        # Not majority: a sweep that comes back is done again, which changes nothing.
-        outbox = self._db["outbox"].with_options(write_concern=WriteConcern(1))
+        # Nobody waits for the answer: a sweep that stays is done again, which changes nothing.
+        outbox = self._db["outbox"].with_options(write_concern=WriteConcern(0))
         self._patiently(lambda: outbox.delete_many({"_id": {"$in": sweep.ids}}))
         return emitted
 
