@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import subprocess
 import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
@@ -36,7 +37,9 @@ from recognition.events import parse_time
 from recognition.messages import Between, Criterion, Empty, Equals, Messages, OneOf
 from recognition.planner import plan_updates
 from recognition.sinks import Applied, Sink, installed_schemes, open_sink
-from recognition.sinks.sql import SqlSink
+from recognition.sinks.duckdb import DuckdbSink, _OfDuckdb
+from recognition.sinks.sql import SqlSink, StageColumn, Target, Transaction
+from recognition.sinks.sqlite import SqliteSink
 from recognition.testing import SinkTests
 from recognition.testing.sinks import START, at, between, device, row, unknown, update
 
@@ -136,6 +139,84 @@ class TestDuckdb(_OnDatabase):
     scheme = "duckdb"
 
 
+class _Merging(DuckdbSink):
+    merges = True
+
+
+class TestMerge(_OnDatabase):
+    """The kit on a sink whose statement is a MERGE."""
+
+    scheme = "duckdb"
+
+    @pytest.fixture
+    def sink(self, at_hand: Database) -> Iterator[Sink]:
+        with closing(_Merging(at_hand.url)) as sink:
+            yield sink
+
+
+class _Inline(DuckdbSink):
+    inline_rows = 1_000  # more than any window of the kit
+
+    def inline(
+        self, name: str, columns: Sequence[StageColumn], target: Target, lists: Any
+    ) -> sa.FromClause:
+        """Each row is a SELECT; what a value is staged as, its column says."""
+        lines = [
+            sa.select(
+                *(
+                    _staged(column, value).label(column.name)
+                    for column, value in zip(columns, line, strict=True)
+                )
+            )
+            for line in zip(*lists, strict=True)
+        ]
+        return sa.union_all(*lines).subquery(name)
+
+
+def _staged(column: StageColumn, value: object) -> sa.ColumnElement[Any]:
+    if column.like is None:
+        kind: Any = sa.Text() if column.kind == "text" else sa.BigInteger()
+        return sa.cast(sa.literal(value, kind), kind)
+    if column.kind == "time":
+        moment = sa.cast(sa.literal(value, sa.BigInteger()), sa.BigInteger())
+        return sa.func.make_timestamptz(moment)
+    given = sa.literal(value, sa.types.NullType())
+    return sa.cast(given, _OfDuckdb(column.like.declared))
+
+
+class TestInline(_OnDatabase):
+    """The kit on a sink that stages no small window."""
+
+    scheme = "duckdb"
+
+    @pytest.fixture
+    def sink(self, at_hand: Database) -> Iterator[Sink]:
+        with closing(_Inline(at_hand.url)) as sink:
+            yield sink
+
+
+class _StagesFirst(SqliteSink):
+    ddl_commits = True
+    between: Callable[[], object] | None = None
+
+    def _apply(self, transaction: Transaction, plan: Any) -> Applied:
+        between, self.between = self.between, None
+        if between is not None:
+            between()
+        return super()._apply(transaction, plan)
+
+
+class TestStagesFirst(_OnDatabase):
+    """The kit on a sink that stages before the transaction."""
+
+    scheme = "sqlite"
+
+    @pytest.fixture
+    def sink(self, at_hand: Database) -> Iterator[Sink]:
+        with closing(_StagesFirst(at_hand.url)) as sink:
+            yield sink
+
+
 @pytest.fixture(params=["sqlite", "duckdb"])
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> Database:
     """An empty database of each kind."""
@@ -233,6 +314,149 @@ def test_compile_is_what_apply_sends(database: Database, opened: Opened) -> None
     assert [text.rsplit("\n", 1)[0] for text in compiled] == updates
     assert all(text.rsplit("\n", 1)[1].startswith("-- ") for text in compiled)
     assert applied.statements == len([text for text in sent if not text.startswith("BEGIN")])
+
+
+def test_a_small_window_is_part_of_its_statements(duck: Database) -> None:
+    """A step of up to `inline_rows` rows makes no stage, and is compiled as it is sent."""
+    duck.write("events", [row(f"m{n}", f"a{n}", n) for n in range(101)])
+    windows = [
+        plan_updates(
+            [update(n, {"user_id": "u"}, device(f"a{n}"), unknown()) for n in range(count)]
+        )
+        for count in (100, 101)
+    ]
+    with closing(_Inline(duck.url)) as sink:
+        sink.inline_rows = 100
+        sent = _sent(sink)
+        compiled = sink.compile(windows[0].steps[0])
+
+        changed = [sink.apply(window).rows_changed for window in windows]
+
+    stages = [text for text in sent if text.startswith("CREATE TEMPORARY")]
+    updates = [text for text in sent if text.startswith("UPDATE")]
+    assert changed == [100, 1]
+    assert len(stages) == 1
+    assert updates[0] == compiled.rsplit("\n", 1)[0]
+    assert "UNION ALL" in updates[0]
+    assert "UNION ALL" not in updates[1]
+
+
+def test_merge_is_one_statement_with_all_conditions_in_on(duck: Database) -> None:
+    """A MERGE names both tables, decides by ON alone, and spares rows that a later update named."""
+    duck.write("events", [row("m1", "a1", 1), row("m2", "a1", 2)])
+    named = Messages(id_column="message_id", time_column="timestamp", refs=(("m2", at(2)),))
+    early = update(1, {"stitched_user_id": "early"}, device("a1"), between(0, 9))
+    with closing(_Merging(duck.url)) as sink:
+        apply(sink, update(2, {"stitched_user_id": "late"}, device("a1"), named))
+        sent = _sent(sink)
+
+        changed = apply(sink, early).rows_changed
+
+    assert changed == 1
+    assert duck.column("stitched_user_id") == {"m1": "early", "m2": "late"}
+    (merge,) = [text for text in sent if text.startswith("MERGE")]
+    head, _, rest = merge.partition(" ON ")
+    assert re.fullmatch(r"MERGE INTO events USING recognition_stage_\w+", head)
+    assert "NOT (EXISTS (SELECT 1 " in rest
+    assert rest.endswith(
+        f"WHEN MATCHED THEN UPDATE SET stitched_user_id = {head.split()[-1]}.value_0"
+    )
+
+
+def test_stages_before_the_transaction_are_made_anew_when_the_ledger_moved(
+    sqlite: Database,
+) -> None:
+    """A later update that another sink applies after the staging is not undone."""
+    sqlite.write("events", [row("m1", "a1", 1), row("m2", "a1", 5)])
+    early = update(1, {"stitched_user_id": "early"}, device("a1"), between(0, 9))
+    late = update(2, {"stitched_user_id": "late"}, device("a1"), between(4, 9))
+    with closing(_StagesFirst(sqlite.url)) as sink, closing(open_sink(sqlite.url)) as other:
+        sink.between = lambda: apply(other, late)
+        sent = _sent(sink)
+
+        applied = apply(sink, early)
+
+    texts = [text.split(" recognition_stage")[0] for text in sent]
+    assert sqlite.column("stitched_user_id") == {"m1": "early", "m2": "late"}
+    assert applied.rows_changed == 1
+    assert texts.count("CREATE TEMPORARY TABLE") == 3  # before, again, and the part that is left
+    # The stage that was made before went with its session.
+    assert texts.count("DROP TABLE") == 2
+
+
+def test_a_stage_is_made_before_the_transaction_where_making_it_commits(sqlite: Database) -> None:
+    """Nothing is made or dropped between the BEGIN of the UPDATE and its commit."""
+    sqlite.write("events", [row("m1", "a1", 1)])
+    with closing(_StagesFirst(sqlite.url)) as sink:
+        seen = _sent(sink)
+        sa.event.listen(sink._engine, "commit", lambda _: seen.append("COMMIT"))
+        apply(sink, update(1, {"user_id": "u1"}, device("a1"), unknown()))
+
+    units = "\n".join(seen).split("COMMIT")
+    (unit,) = [unit for unit in units if "\nUPDATE" in unit]
+    assert "INSERT INTO recognition_ledger" in unit
+    assert "CREATE" not in unit
+    assert "DROP" not in unit
+
+
+def test_the_writers_lock_is_held_around_the_transaction(sqlite: Database) -> None:
+    """It is taken for all tables in the order of their names, and given back after the end."""
+    seen: list[object] = []
+
+    class Locking(SqliteSink):
+        @contextmanager
+        def locked(self, transaction: Transaction, tables: Sequence[str]) -> Iterator[None]:
+            seen.append(tables)
+            yield
+            seen.append("free")
+
+    for table in ("b", "a"):
+        sqlite.write(table, [row("m1", "a1", 1)])
+    with closing(Locking(sqlite.url)) as sink:
+        for event in ("begin", "commit", "rollback"):
+            sa.event.listen(sink._engine, event, lambda _, event=event: seen.append(event))
+        apply(
+            sink,
+            *(
+                update(n, {"user_id": "u1"}, device("a1"), unknown(), table=table)
+                for n, table in enumerate(("b", "a"))
+            ),
+        )
+
+    assert seen == [["a", "b"], "begin", "commit", "free"]
+
+
+@pytest.mark.parametrize("value", ["premium", 3])
+def test_missing_columns_are_added_on_request(
+    database: Database, opened: Opened, value: object
+) -> None:
+    """With `add_missing_columns` what is set is added once, with the type of what is set."""
+    database.write("events", [row("m1", "a1", 1)])
+    sink = opened(database, add_missing_columns=True)
+    sent = _sent(sink)
+    wanted = update(1, {"Plan name": value, "user_id": "u1"}, device("a1"), versioned=True)
+
+    applied = [apply(sink, wanted), apply(sink, wanted)]
+
+    assert [each.rejected for each in applied] == [(), ()]
+    assert [each.rows_changed for each in applied] == [1, 0]
+    assert len([text for text in sent if text.startswith("ALTER")]) == 1
+    assert database.column("Plan name") == {"m1": value}
+    assert database.column("user_id") == {"m1": "u1"}
+
+
+def test_no_column_is_added_by_which_rows_would_be_found(
+    database: Database, opened: Opened
+) -> None:
+    """A missing criterion is refused with `add_missing_columns` too, and nothing is added."""
+    database.write("events", [row("m1", "a1", 1)])
+    sink = opened(database, add_missing_columns=True)
+    sent = _sent(sink)
+
+    applied = apply(sink, update(1, {"plan": "p"}, Equals(column="device_id", value="a1")))
+
+    assert "has no column 'device_id', 'plan'" in refusal(applied)
+    assert not [text for text in sent if text.startswith("ALTER")]
 
 
 def test_compile_shows_the_bounds(database: Database, opened: Opened) -> None:

@@ -28,7 +28,6 @@ from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql.compiler import SQLCompiler
 
 from recognition.errors import (
     ConfigurationError,
@@ -45,6 +44,7 @@ from recognition.sinks.sql import (
     StageColumn,
     Target,
     Transaction,
+    render_try_cast,
 )
 
 # https://duckdb.org/docs/stable/sql/data_types/numeric
@@ -52,6 +52,9 @@ _BITS = {"TINYINT": 8, "SMALLINT": 16, "INTEGER": 32, "BIGINT": 64, "HUGEINT": 1
 _FLOAT_MAX = 3.4028234663852886e38
 # TIMESTAMP_NS counts nanoseconds in 64 bits; a bound beyond them is as good as none.
 _NS_LIMIT = (2**63 - 1) // 1_000 - 1
+
+# What answers with a count.
+_COUNTED = ("INSERT", "UPDATE", "DELETE", "MERGE")
 
 
 class DuckdbSink(SqlSink):
@@ -415,10 +418,10 @@ class _Cursor:
         return self._connection.description if self._gives_rows else None
 
     def execute(self, statement: str, parameters: Sequence[Any] = ()) -> None:
-        verb = statement.lstrip()[:6].upper()
+        verb = statement.split(maxsplit=1)[0].upper()
         self._gives_rows = verb == "SELECT"
         self._connection.execute(statement, list(parameters))
-        counted = self._connection.fetchone() if verb in ("INSERT", "UPDATE", "DELETE") else None
+        counted = self._connection.fetchone() if verb in _COUNTED else None
         self.rowcount = -1 if counted is None else counted[0]
 
     def fetchone(self) -> Any:
@@ -485,10 +488,5 @@ class DuckdbDialect(PGDialect):
         dbapi_connection.begin()
 
 
-@compiles(sa.TryCast, DuckdbDialect.name)
-def _render_try_cast(element: sa.TryCast[Any], compiler: SQLCompiler, **kw: Any) -> str:
-    expression = compiler.process(element.clause, **kw)
-    return f"TRY_CAST({expression} AS {compiler.process(element.typeclause, **kw)})"
-
-
+compiles(sa.TryCast, DuckdbDialect.name)(render_try_cast)
 registry.register(DuckdbDialect.name, __name__, DuckdbDialect.__name__)

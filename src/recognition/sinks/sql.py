@@ -33,7 +33,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from hashlib import blake2b
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
@@ -48,7 +48,10 @@ from sqlalchemy.sql.expression import ClauseElement, Executable
 from recognition.errors import (
     ConfigurationError,
     EventError,
+    OutcomeUnknownError,
+    RecognitionError,
     SinkError,
+    SinkUnavailableError,
     TableError,
     ValueRefusedError,
 )
@@ -71,6 +74,7 @@ from recognition.sinks import Applied, AppliedStep, Capabilities
 _DAY = 86_400 * 1_000_000
 _Expression = sa.ColumnElement[Any]
 _Condition = sa.ColumnElement[bool]
+_Prepared = TypeVar("_Prepared")
 _Result = TypeVar("_Result")
 
 LEDGER = sa.Table(
@@ -134,12 +138,15 @@ class Target:
         columns: By their names in lower case.
         collated: Some column compares in another way than byte by byte.
         view: It is none, so that nothing can be set.
+        ambiguous: By a name in lower case: as which several it is there, that differ in case.
+            ``""`` is the table itself.
     """
 
     parts: tuple[str, ...]
     columns: Mapping[str, Column]
     collated: bool = False
     view: bool = False
+    ambiguous: Mapping[str, str] = field(default_factory=dict)
 
     def column(self, name: str) -> Column:
         """The column of this name, in any case; the caller knows that there is one."""
@@ -175,10 +182,11 @@ class Interval(NamedTuple):
 
 @dataclass(slots=True)
 class Transaction:
-    """A connection inside a transaction, and how many statements went through it."""
+    """A connection, how many statements went through it, and the stages that they made."""
 
     connection: sa.Connection
     statements: int = 0
+    stages: list[str] = field(default_factory=list)
 
     def execute(
         self, statement: Executable, parameters: Mapping[str, object] | None = None
@@ -209,6 +217,57 @@ def _render_create_stage(element: _CreateStage, compiler: SQLCompiler, **kw: Any
     return f"CREATE TEMPORARY TABLE {name} AS {compiler.process(element.select, **kw)}"
 
 
+class Merge(Executable, ClauseElement):
+    """
+    ``MERGE INTO .. USING .. ON .. WHEN MATCHED THEN UPDATE``; SQLAlchemy has none of its own.
+
+    All conditions stand in ``ON``, none behind ``WHEN MATCHED AND``: a database that refuses two
+    source rows for one target row then looks only at those that would set it, and of these there
+    are never two. No two rows of a step select the same row of the target: what a later update
+    covers is cut out of the earlier one, and what it meets without covering it is in a later level,
+    which is another statement. What is cut by the ledger only gets smaller. The constant bounds are
+    in ``ON`` too, where they prune.
+    """
+
+    inherit_cache = False
+
+    def __init__(
+        self,
+        table: sa.TableClause,
+        stage: sa.FromClause,
+        values: Mapping[sa.ColumnClause[Any], _Expression],
+        where: Sequence[_Condition],
+    ) -> None:
+        self.table = table
+        self.stage = stage
+        self.values = values
+        self.where = sa.and_(*where)
+
+
+@compiles(Merge)
+def _render_merge(element: Merge, compiler: SQLCompiler, **kw: Any) -> str:
+    into = compiler.process(element.table, asfrom=True, **kw)
+    using = compiler.process(element.stage, asfrom=True, **kw)
+    # As an UPDATE of SQLAlchemy's has it: a subquery of a condition finds both tables outside.
+    froms = {element.table, element.stage}
+    compiler.stack.append(
+        {"correlate_froms": froms, "asfrom_froms": froms, "selectable": cast(Any, element)}
+    )
+    values = ", ".join(
+        f"{compiler.preparer.quote(column.name)} = {compiler.process(value, **kw)}"
+        for column, value in element.values.items()
+    )
+    on = compiler.process(element.where, **kw)
+    compiler.stack.pop()
+    return f"MERGE INTO {into} USING {using} ON {on} WHEN MATCHED THEN UPDATE SET {values}"
+
+
+def render_try_cast(element: sa.TryCast[Any], compiler: SQLCompiler, **kw: Any) -> str:
+    """``TRY_CAST(.. AS ..)``, for `compiles` with the name of a dialect that does not know it."""
+    expression = compiler.process(element.clause, **kw)
+    return f"TRY_CAST({expression} AS {compiler.process(element.typeclause, **kw)})"
+
+
 class SqlSink(ABC):
     """
     A sink on an SQLAlchemy engine; a subclass is one database.
@@ -218,6 +277,9 @@ class SqlSink(ABC):
         timeout: How long a lock of somebody else is waited for, in seconds.
         ledger_days: After how many days the ledger may forget what was applied. An update that
             comes later than this may undo what later updates did.
+        add_missing_columns: A column that is set and missing is added to its table, before the
+            transaction and for good. Otherwise the updates are refused, with the ALTER TABLE to
+            run.
     """
 
     capabilities = Capabilities(ledger=True, counts_per_update=True)
@@ -238,16 +300,41 @@ class SqlSink(ABC):
         "other": (),
     }
 
+    #: The kinds of columns that hold texts, which a collation may blur.
+    collating: ClassVar[Collection[str]] = ("text", "any", "numeric", "uuid", "time")
+
     #: Rows are found by indexes, so that `load` makes one on the device.
     indexed: ClassVar[bool]
 
-    def __init__(self, url: str, *, timeout: float = 30.0, ledger_days: int = 90) -> None:
+    #: Making a table commits, a temporary one too. Stages are then made and filled before the
+    #: transaction, and what the ledger said by then is asked again in it.
+    ddl_commits: ClassVar[bool] = False
+
+    #: Making a table that stays commits, a temporary one does not: the ledger alone is made before.
+    ledger_first: ClassVar[bool] = False
+
+    #: The one statement is a `Merge`, because there is no UPDATE with a FROM, or on request.
+    merges: ClassVar[bool] = False
+
+    #: A step of up to so many rows is a part of its own statements (see `inline`), so that no stage
+    #: is made, filled and dropped: that saves round trips where there are such.
+    inline_rows: ClassVar[int] = 0
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout: float = 30.0,
+        ledger_days: int = 90,
+        add_missing_columns: bool = False,
+    ) -> None:
         if timeout < 0:
             raise ConfigurationError(f"timeout is {timeout} seconds; it is at least 0")
         if ledger_days < 1:
             raise ConfigurationError(f"ledger_days is {ledger_days}; it is at least 1")
         self._timeout = timeout
         self._ledger_days = ledger_days
+        self._adds_columns = add_missing_columns
         self._engine = self.make_engine(url, timeout)
         self._targets: dict[str, Target] = {}
         self._has_ledger = False
@@ -315,8 +402,61 @@ class SqlSink(ABC):
     def translate(self, error: BaseException | None) -> SinkError:
         """The most specific error of ours; its text holds no value."""
 
+    def set_rows(
+        self,
+        table: sa.TableClause,
+        stage: sa.FromClause,
+        values: Mapping[sa.ColumnClause[Any], _Expression],
+        where: Sequence[_Condition],
+    ) -> sa.Update | Merge:
+        """The statement that sets the values in the rows of the table that meet the conditions."""
+        if self.merges:
+            return Merge(table, stage, values, where)
+        return sa.update(table).values(dict(values)).where(*where)
+
+    def create_ledger(self, transaction: Transaction) -> None:
+        """Make the ledger, where there is none."""
+        transaction.execute(CreateTable(LEDGER, if_not_exists=True))
+        if self.indexed:
+            transaction.execute(CreateIndex(_LEDGER_INDEX, if_not_exists=True))
+
+    def declare(self, kind: str, indexed: bool) -> str:
+        """What `load` declares a column as; a key is indexed too."""
+        return self.types[kind]
+
+    def noted_name(self, target: Target) -> str:
+        """By which the ledger knows the table, however an update spelled it."""
+        return target.parts[-1]
+
     def serialized(self) -> AbstractContextManager[object]:
         """Held while a plan is applied, where the database's own locks are not enough."""
+        return nullcontext()
+
+    def inline(
+        self,
+        name: str,
+        columns: Sequence[StageColumn],
+        target: Target,
+        lists: Sequence[Sequence[Any]],
+    ) -> sa.FromClause:
+        """
+        The rows as a table of this name that is a part of a statement, as bound values.
+
+        Its columns have the types that those of a stage would have. See `inline_rows`.
+        """
+        raise NotImplementedError
+
+    def locked(
+        self, transaction: Transaction, tables: Sequence[str]
+    ) -> AbstractContextManager[object]:
+        """
+        Keeps other sinks from writing to these tables, where the database's locks are not enough.
+
+        Entered first in a transaction, left when that has ended.
+
+        Args:
+            tables: As the plan spells them, in alphabetical order.
+        """
         return nullcontext()
 
     # The sink -----------------------------------------------------------------------------------
@@ -340,7 +480,8 @@ class SqlSink(ABC):
                     target = self._find(connection, step.table)
             except sa.exc.DBAPIError as exc:
                 raise self.translate(exc.orig) from exc
-        statement = self._set_rows(step, self._complete(target, step.shape))
+        target = self._complete(target, step.shape)
+        statement = self._set_rows(step, target, self._stage_clause(step, target))
         text = str(statement.compile(dialect=self._engine.dialect))
         bounds = [
             f"{bound.column} in [{_show(bound.lower)}, {_show(bound.upper)})"
@@ -352,8 +493,13 @@ class SqlSink(ABC):
         """
         Apply all steps in one transaction; see `recognition.sinks.Sink`.
 
+        A step is not cut into chunks. A window of delivery has 10,000 updates at most, which bounds
+        locks and log; the rows are loaded in bulk, so that no statement grows with them. What has
+        a limit of its own for one load (see `fill_stage`) keeps it there, in pages.
+
         Raises:
             SinkUnavailableError: The database is locked, or cannot be reached. Nothing was written.
+            OutcomeUnknownError: The connection was lost at the commit.
             SinkReadOnlyError: It may not be written.
             SinkError: It refused a statement. Everything was rolled back.
         """
@@ -368,7 +514,18 @@ class SqlSink(ABC):
                 for row in step.rows
             }
             return Applied(rejected=(*plan.rejected, *missing.items()))
-        return self._transact(lambda transaction: self._apply(transaction, plan))
+        tables = [step.table for step in plan.steps]
+        if self._adds_columns and any(map(self._may_lack_columns, plan.steps)):
+            self._transact(
+                tables, lambda _: None, lambda transaction, _: self._add_missing(transaction, plan)
+            )
+        applied, statements = self._transact(
+            tables,
+            lambda transaction: self._prepare(transaction, plan),
+            self._apply,
+            needs_ledger=not all(step.shape.versioned for step in plan.steps),
+        )
+        return replace(applied, statements=statements)
 
     def close(self) -> None:
         """Close all connections."""
@@ -415,30 +572,49 @@ class SqlSink(ABC):
         Returns:
             How many rows were inserted.
         """
-        return self._transact(
-            lambda transaction: self._load(
-                transaction, table, rows, key, columns, index, stamps, stamped
-            )
+        inserted, _ = self._transact(
+            [table],
+            lambda transaction: self._prepare_load(
+                transaction, table, rows, key, columns, index, stamped
+            ),
+            lambda transaction, prepared: self._load(transaction, prepared, stamps),
         )
+        return inserted
 
-    def _transact(self, work: Callable[[Transaction], _Result]) -> _Result:
-        """Do the work in one transaction; where a lock is in the way, again until the timeout."""
+    def _transact(
+        self,
+        tables: Iterable[str],
+        prepare: Callable[[Transaction], _Prepared],
+        work: Callable[[Transaction, _Prepared], _Result],
+        *,
+        needs_ledger: bool = False,
+    ) -> tuple[_Result, int]:
+        """
+        Do the work in one transaction; where a lock is in the way, again until the timeout.
+
+        Args:
+            tables: What is written to.
+            prepare: Makes what the work needs, in the same transaction where that can be, otherwise
+                before it.
+            work: Makes no table where that would commit.
+            needs_ledger: The work notes something in it.
+
+        Returns:
+            What the work gave, and how many statements were sent for it.
+        """
         deadline = time.monotonic() + self._timeout
         delay = 0.01
         stale = bool(self._targets or self._has_ledger)
+        names = sorted(set(tables))
         while True:
             try:
-                with (
-                    self.serialized(),
-                    self._engine.connect() as connection,
-                    connection.begin(),
-                ):
-                    return work(Transaction(connection))
-            except sa.exc.DBAPIError as exc:
+                with self.serialized(), self._engine.connect() as connection:
+                    return self._do(Transaction(connection), names, prepare, work, needs_ledger)
+            except (sa.exc.DBAPIError, _LedgerMovedError) as exc:
                 # What was known of the tables may have changed since: look again, once.
                 self._targets.clear()
                 self._has_ledger = False
-                error = self.translate(exc.orig)
+                error = exc if isinstance(exc, SinkError) else self.translate(exc.orig)
                 if error.retryable:
                     if time.monotonic() + delay > deadline:
                         raise error from exc
@@ -449,63 +625,144 @@ class SqlSink(ABC):
                 else:
                     raise error from exc
 
+    def _do(
+        self,
+        transaction: Transaction,
+        tables: Sequence[str],
+        prepare: Callable[[Transaction], _Prepared],
+        work: Callable[[Transaction, _Prepared], _Result],
+        needs_ledger: bool,
+    ) -> tuple[_Result, int]:
+        """
+        Once, under the writer's lock.
+
+        Where making a stage commits, all stages are made and filled before the transaction, those
+        of the parts that later updates leave too. That asks the ledger outside the transaction, so
+        that `_apply` asks it again under the locks of the rows, and all begins anew where another
+        answer comes. To fill empty stages inside the transaction instead would need one for each
+        cut that the ledger might ask for, and these are known only when it has been asked.
+        """
+        connection = transaction.connection
+        if needs_ledger and self.ledger_first and not self._has_ledger:
+            self.create_ledger(transaction)
+            connection.commit()
+            self._has_ledger = True
+        with self.locked(transaction, tables):
+            try:
+                prepared = prepare(transaction)
+                if self.ddl_commits:
+                    connection.commit()  # the next statement begins a transaction
+                result = work(transaction, prepared)
+                if not self.ddl_commits:
+                    self._drop_stages(transaction)
+                self._commit(connection)
+            except BaseException:
+                if self.ddl_commits:
+                    # Its stages are in no transaction that could be rolled back: they go with it.
+                    connection.invalidate()
+                else:
+                    connection.rollback()
+                raise
+        if self.ddl_commits:
+            try:
+                self._drop_stages(transaction)
+            except sa.exc.DBAPIError:
+                connection.invalidate()  # what was committed stays so
+        return result, transaction.statements
+
+    def _drop_stages(self, transaction: Transaction) -> None:
+        for stage in transaction.stages:
+            transaction.execute_text(f"DROP TABLE {self._quote(stage)}")
+
+    @staticmethod
+    def _commit(connection: sa.Connection) -> None:
+        try:
+            connection.commit()
+        except sa.exc.DBAPIError as exc:
+            if exc.connection_invalidated:
+                raise OutcomeUnknownError(
+                    "the connection was lost while the transaction was committed; all of it "
+                    "was written, or nothing; applying the same again is safe"
+                ) from exc
+            raise
+
+    def _quote(self, name: str) -> str:
+        return self._engine.dialect.identifier_preparer.quote(name)
+
     # Applying a plan ----------------------------------------------------------------------------
 
-    def _apply(self, transaction: Transaction, plan: Plan) -> Applied:
+    def _prepare(self, transaction: Transaction, plan: Plan) -> _PreparedPlan:
+        """Look at the tables, stage what they can take, cut what later updates took of it."""
         refused: dict[str, TableError] = {}
         for step in plan.steps:
             refused.update(self._check(transaction.connection, step))
-        done: list[AppliedStep] = []
-        matched: defaultdict[str, int] = defaultdict(int)
+        steps: list[_PreparedStep] = []
         for step in plan.steps:
             if refused:
                 kept = tuple(row for row in step.rows if row.update_id not in refused)
                 step = replace(step, rows=kept)
             if step.rows:
-                done.extend(self._run(transaction, step, matched))
+                steps.append(self._prepare_step(transaction, step))
+        rejected = (*plan.rejected, *sorted(refused.items(), key=lambda pair: pair[0]))
+        return _PreparedPlan(steps, rejected)
+
+    def _prepare_step(self, transaction: Transaction, step: Step) -> _PreparedStep:
+        started = time.perf_counter()
+        target = self._targets[step.table]
+        if not step.shape.versioned:
+            self._open_ledger(transaction)
+        stage = self._stage(transaction, step, target)
+        later = None
+        parts = [_Part(step, stage, frozenset())]
+        if not step.shape.versioned:
+            later = self._find_later(transaction, stage, step, target)
+            if any(later):
+                parts = [
+                    _Part(part, self._stage(transaction, part, target), spare)
+                    for part, spare in _cut_and_spare(step, *later)
+                ]
+        return _PreparedStep(step, target, stage, later, parts, time.perf_counter() - started)
+
+    def _apply(self, transaction: Transaction, plan: _PreparedPlan) -> Applied:
+        done: list[AppliedStep] = []
+        matched: defaultdict[str, int] = defaultdict(int)
+        for prepared in plan.steps:
+            for part in prepared.parts:
+                seconds = prepared.seconds if part is prepared.parts[0] else 0.0
+                done.append(self._run(transaction, prepared.target, part, matched, seconds))
+        if self.ddl_commits:
+            # From here on writers of these rows wait for us; those before have noted what they did.
+            for prepared in plan.steps:
+                if prepared.later is not None and prepared.later != self._find_later(
+                    transaction, prepared.stage, prepared.step, prepared.target
+                ):
+                    raise _LedgerMovedError(
+                        "another worker applied later updates of the same rows meanwhile; "
+                        "all was rolled back"
+                    )
+        for prepared in plan.steps:
+            for part in prepared.parts:
+                if part.step.shape.covers and not part.step.shape.versioned:
+                    self._remember(transaction, part.stage, part.step, prepared.target)
         return Applied(
             rows_matched=sum(step.rows_matched for step in done),
             rows_changed=sum(step.rows_changed for step in done),
             steps=tuple(done),
             matched_by_update=dict(matched),
-            rejected=(*plan.rejected, *sorted(refused.items(), key=lambda pair: pair[0])),
-            statements=transaction.statements,
+            rejected=plan.rejected,
         )
 
     def _run(
-        self, transaction: Transaction, step: Step, matched: defaultdict[str, int]
-    ) -> list[AppliedStep]:
-        started = time.perf_counter()
-        target = self._targets[step.table]
-        if step.shape.versioned:
-            return [self._run_staged(transaction, step, target, matched, started)]
-        self._open_ledger(transaction)
-        stage = self._stage(transaction, step, target)
-        covers, spared = self._find_later(transaction, stage, step, target)
-        if not covers and not spared:
-            return [self._run_staged(transaction, step, target, matched, started, stage)]
-        self._drop(transaction, stage)
-        done = []
-        for part, spare in _cut_and_spare(step, covers, spared):
-            done.append(self._run_staged(transaction, part, target, matched, started, spare=spare))
-            started = time.perf_counter()
-        return done
-
-    def _run_staged(
         self,
         transaction: Transaction,
-        step: Step,
         target: Target,
+        part: _Part,
         matched: defaultdict[str, int],
-        started: float,
-        stage: sa.TableClause | None = None,
-        spare: frozenset[_Spared] = frozenset(),
+        seconds: float,
     ) -> AppliedStep:
-        if stage is None:
-            stage = self._stage(transaction, step, target)
-        changed = transaction.execute(self._set_rows(step, target, spare)).rowcount
-        if step.shape.covers and not step.shape.versioned:
-            self._remember(transaction, stage, step, target)
+        started = time.perf_counter()
+        step, stage, spare = part
+        changed = transaction.execute(self._set_rows(step, target, stage, spare)).rowcount
         rows = changed
         expected = step.expected_rows
         # Where the key itself was set, nothing is left to find the rows by.
@@ -516,22 +773,24 @@ class SqlSink(ABC):
                 rows += found.rows
             for row in step.rows:
                 matched[row.update_id] += 0
-        self._drop(transaction, stage)
         return AppliedStep(
             table=step.table,
             rows_matched=rows,
             rows_changed=changed,
-            seconds=time.perf_counter() - started,
+            seconds=seconds + time.perf_counter() - started,
         )
 
     # Statements ---------------------------------------------------------------------------------
 
     def _set_rows(
-        self, step: Step, target: Target, spare: frozenset[_Spared] = frozenset()
-    ) -> sa.Update:
+        self,
+        step: Step,
+        target: Target,
+        stage: sa.FromClause,
+        spare: frozenset[_Spared] = frozenset(),
+    ) -> sa.Update | Merge:
         """The one statement that writes to the target."""
         shape = step.shape
-        stage = self._stage_clause(shape, target)
         table = target.clause()
         where = self._selects(table, stage, shape, target)
         where += [
@@ -539,7 +798,7 @@ class SqlSink(ABC):
             for place, column in enumerate(shape.equals)
             if column in shape.columns
         ]
-        values = {
+        values: dict[sa.ColumnClause[Any], _Expression] = {
             table.c[target.column(column).name]: stage.c[f"value_{place}"]
             for place, column in enumerate(shape.columns)
             if column != VERSION_COLUMN
@@ -556,13 +815,13 @@ class SqlSink(ABC):
             where += [self._empty(table, target, column) for column in own_empty]
             if not _fills(step, own_empty):
                 differs = [
-                    self._exact(column, target).is_distinct_from(self._exact(staged, target))
+                    self._differ(column, staged, target.column(column.name), target)
                     for column, staged in values.items()
                 ]
                 where.append(sa.or_(*differs))
         where += self._bounds(table, step, target)
         where += self._spare(table, stage, step, target, spare)
-        return sa.update(table).values(values).where(*where)
+        return self.set_rows(table, stage, values, where)
 
     def _bounds(self, table: sa.TableClause, step: Step, target: Target) -> list[_Condition]:
         where: list[_Condition] = []
@@ -572,7 +831,7 @@ class SqlSink(ABC):
         return where
 
     def _selects(
-        self, table: sa.TableClause, stage: sa.TableClause, shape: Shape, target: Target
+        self, table: sa.TableClause, stage: sa.FromClause, shape: Shape, target: Target
     ) -> list[_Condition]:
         """What makes a row one of the update's, whatever the columns hold that are set."""
         where = [
@@ -598,7 +857,7 @@ class SqlSink(ABC):
             where.append(condition)
         return where
 
-    def _count_rows(self, stage: sa.TableClause, step: Step, target: Target) -> sa.Select[Any]:
+    def _count_rows(self, stage: sa.FromClause, step: Step, target: Target) -> sa.Select[Any]:
         """Rows by update that are now as the update wants them."""
         shape = step.shape
         table = target.clause()
@@ -607,10 +866,8 @@ class SqlSink(ABC):
             where.append(table.c[target.column(VERSION_COLUMN).name] >= stage.c.sequence)
         else:
             where += [
-                self._exact(table.c[target.column(column).name], target).is_not_distinct_from(
-                    self._exact(stage.c[f"value_{place}"], target)
-                )
-                for place, column in enumerate(shape.columns)
+                ~self._differ(table.c[column.name], stage.c[f"value_{place}"], column, target)
+                for place, column in enumerate(map(target.column, shape.columns))
             ]
         where += self._bounds(table, step, target)
         return (
@@ -622,20 +879,28 @@ class SqlSink(ABC):
     def _equal(
         self,
         table: sa.TableClause,
-        stage: sa.TableClause,
+        stage: sa.FromClause,
         shape: Shape,
         target: Target,
         place: int,
     ) -> _Condition:
         column = target.column(shape.equals[place])
         one, other = table.c[column.name], stage.c[f"equal_{place}"]
-        if target.collated and str in self.holds[column.kind]:
+        if self._blurs(column, target):
             # The first lets an index be used, the second is the exact one.
             return sa.and_(one == other, self.bytewise(one) == self.bytewise(other))
         return one == other
 
-    def _exact(self, expression: _Expression, target: Target) -> _Expression:
-        return self.bytewise(expression) if target.collated else expression
+    def _differ(
+        self, one: _Expression, other: _Expression, column: Column, target: Target
+    ) -> _Condition:
+        """They are not the same, to the byte; NULL is the same as NULL."""
+        if self._blurs(column, target):
+            one, other = self.bytewise(one), self.bytewise(other)
+        return one.is_distinct_from(other)
+
+    def _blurs(self, column: Column, target: Target) -> bool:
+        return target.collated and column.kind in self.collating
 
     def _empty(self, table: sa.TableClause, target: Target, name: str) -> _Condition:
         column = target.column(name)
@@ -677,13 +942,23 @@ class SqlSink(ABC):
                 columns.append(_like(f"value_{place}", target.column(name)))
         return columns
 
-    def _stage_clause(self, shape: Shape, target: Target) -> sa.TableClause:
-        return _named_stage(repr(shape), self._stage_columns(shape, target))
-
-    def _stage(self, transaction: Transaction, step: Step, target: Target) -> sa.TableClause:
+    def _stage_clause(self, step: Step, target: Target) -> sa.FromClause:
+        """What the statements know the rows by, without their values."""
         columns = self._stage_columns(step.shape, target)
         stage = _named_stage(repr(step.shape), columns)
-        self._make_stage(transaction, stage.name, columns, target, _stage_lists(step, target))
+        if len(step.rows) <= self.inline_rows:
+            return self.inline(
+                stage.name, columns, target, [[None] * len(step.rows)] * len(columns)
+            )
+        return stage
+
+    def _stage(self, transaction: Transaction, step: Step, target: Target) -> sa.FromClause:
+        columns = self._stage_columns(step.shape, target)
+        stage = _named_stage(repr(step.shape), columns, transaction.stages)
+        lists = _stage_lists(step, target)
+        if len(step.rows) <= self.inline_rows:
+            return self.inline(stage.name, columns, target, lists)
+        self._make_stage(transaction, stage.name, columns, target, lists)
         return stage
 
     def _make_stage(
@@ -694,6 +969,7 @@ class SqlSink(ABC):
         target: Target,
         lists: Sequence[Sequence[Any]],
     ) -> None:
+        transaction.stages.append(name)
         table = target.clause()
         selected: list[_Expression] = []
         for column in columns:
@@ -712,30 +988,24 @@ class SqlSink(ABC):
         transaction.execute(_CreateStage(name, nothing))
         self.fill_stage(transaction, name, columns, lists)
 
-    def _drop(self, transaction: Transaction, stage: sa.TableClause) -> None:
-        name = self._engine.dialect.identifier_preparer.quote(stage.name)
-        transaction.execute_text(f"DROP TABLE {name}")
-
     # The ledger ---------------------------------------------------------------------------------
 
     def _open_ledger(self, transaction: Transaction) -> None:
         if not self._has_ledger:
-            transaction.execute(CreateTable(LEDGER, if_not_exists=True))
-            if self.indexed:
-                transaction.execute(CreateIndex(_LEDGER_INDEX, if_not_exists=True))
+            self.create_ledger(transaction)
             self._has_ledger = True
         if not self._pruned:
             before = _now() - self._ledger_days * _DAY
             transaction.execute(sa.delete(LEDGER).where(LEDGER.c.applied_at < before))
             self._pruned = True
 
-    @staticmethod
-    def _text(expression: _Expression, column: Column) -> _Expression:
+    def as_text(self, expression: _Expression, column: Column) -> _Expression:
+        """What the column holds, as the ledger's texts hold it."""
         return expression if column.kind == "text" else sa.cast(expression, sa.Text())
 
     def _find_later(
-        self, transaction: Transaction, stage: sa.TableClause, step: Step, target: Target
-    ) -> tuple[dict[int, list[Cover]], dict[int, list[_Spared]]]:
+        self, transaction: Transaction, stage: sa.FromClause, step: Step, target: Target
+    ) -> _Later:
         """By row of the step: what later updates took of it, and which single rows they took."""
         shape = step.shape
         spelled = {target.column(name).name: name for name in _names(shape)}
@@ -790,22 +1060,20 @@ class SqlSink(ABC):
             ):
                 note = _Spared(cover.columns, later.columns, later.message_column, later.extras)
                 spared[later.position].append(note)
-        return covers, spared
+        return _Later(covers, spared)
 
-    def _same_key(
-        self, stage: sa.TableClause, step: Step, target: Target
-    ) -> tuple[_Condition, ...]:
+    def _same_key(self, stage: sa.FromClause, step: Step, target: Target) -> tuple[_Condition, ...]:
         return (
-            LEDGER.c.table_name == target.parts[-1],
+            LEDGER.c.table_name == self.noted_name(target),
             LEDGER.c.key_column == target.column(step.shape.key).name,
-            LEDGER.c.key_value == self._text(stage.c.equal_0, target.column(step.shape.key)),
+            LEDGER.c.key_value == self.as_text(stage.c.equal_0, target.column(step.shape.key)),
             LEDGER.c.workspace == stage.c.workspace,
         )
 
     def _spare(
         self,
         table: sa.TableClause,
-        stage: sa.TableClause,
+        stage: sa.FromClause,
         step: Step,
         target: Target,
         spare: frozenset[_Spared],
@@ -824,7 +1092,7 @@ class SqlSink(ABC):
                 .where(
                     *self._same_key(stage, step, target),
                     LEDGER.c.message_column == note.message_column,
-                    LEDGER.c.message_id == self._text(table.c[column.name], column),
+                    LEDGER.c.message_id == self.as_text(table.c[column.name], column),
                     LEDGER.c.columns == note.columns,
                     LEDGER.c.extras == note.extras,
                     later,
@@ -834,7 +1102,7 @@ class SqlSink(ABC):
         return where
 
     def _remember(
-        self, transaction: Transaction, stage: sa.TableClause, step: Step, target: Target
+        self, transaction: Transaction, stage: sa.FromClause, step: Step, target: Target
     ) -> None:
         """Note what the staged updates took, unless it was noted before."""
         shape = step.shape
@@ -845,14 +1113,14 @@ class SqlSink(ABC):
             place = shape.equals.index(shape.messages[0])
             column = target.column(shape.messages[0])
             if place > 0:
-                message = (column.name, self._text(stage.c[f"equal_{place}"], column))
+                message = (column.name, self.as_text(stage.c[f"equal_{place}"], column))
         key = target.column(shape.key)
         line: dict[str, _Expression] = {
             "update_id": stage.c.update_id,
             "workspace": stage.c.workspace,
-            "table_name": _constant_text(target.parts[-1]),
+            "table_name": _constant_text(self.noted_name(target)),
             "key_column": _constant_text(key.name),
-            "key_value": self._text(stage.c.equal_0, key),
+            "key_value": self.as_text(stage.c.equal_0, key),
             "message_column": _constant_text(message[0]),
             "message_id": message[1],
             "extras": stage.c.extras,
@@ -891,11 +1159,9 @@ class SqlSink(ABC):
         for name in _names(shape):
             kind = "time" if name in times else "integer" if name == VERSION_COLUMN else "text"
             columns.setdefault(name.lower(), self.assume(kind, name))
-        return Target(
-            parts=tuple(shape.table.split(".")) if target is None else target.parts,
-            columns=columns,
-            collated=target is not None and target.collated,
-        )
+        if target is None:
+            return Target(parts=tuple(shape.table.split(".")), columns=columns)
+        return replace(target, columns=columns)
 
     def _check(self, connection: sa.Connection, step: Step) -> dict[str, TableError]:
         """The updates of the step that this table cannot take, each with the reason."""
@@ -949,9 +1215,13 @@ class SqlSink(ABC):
     def _refuse_shape(self, target: Target, step: Step) -> str | None:
         shape = step.shape
         where = f"table {step.table!r}"
+        for name in ("", *_names(shape)):
+            if several := target.ambiguous.get(name.lower()):
+                what = f"{where}, column {name!r}" if name else where
+                return f"{what}: there is {several}; which is meant cannot be told"
         if target.view:
             return f"{step.table!r} is a view; updates need the table under it"
-        missing = [name for name in _names(shape) if name.lower() not in target.columns]
+        missing = _lacking(target, step)
         if missing:
             return f"{where} has no column {self._add_columns(target, step, missing)}"
         names = [target.column(name).name for name in shape.columns]
@@ -966,9 +1236,9 @@ class SqlSink(ABC):
                 return f"{where}, column {name!r}: {reason}"
         return None
 
-    def _add_columns(self, target: Target, step: Step, missing: Sequence[str]) -> str:
-        quote = self._engine.dialect.identifier_preparer.quote
-        named = ".".join(quote(part) for part in target.parts)
+    def _alterations(self, target: Target, step: Step, missing: Sequence[str]) -> list[str]:
+        """The commands that add the columns."""
+        named = ".".join(self._quote(part) for part in target.parts)
         shape = step.shape
         commands = []
         for name in missing:
@@ -978,7 +1248,36 @@ class SqlSink(ABC):
             elif name in shape.columns:
                 values = [row.values[shape.columns.index(name)] for row in step.rows]
                 kind = next((_KINDS[type(value)] for value in values if value is not None), "text")
-            commands.append(f"ALTER TABLE {named} ADD COLUMN {quote(name)} {self.types[kind]}")
+            declared = self.declare(kind, False)
+            commands.append(f"ALTER TABLE {named} ADD COLUMN {self._quote(name)} {declared}")
+        return commands
+
+    def _may_lack_columns(self, step: Step) -> bool:
+        """Whether the table was not seen yet, or lacked what the step sets."""
+        target = self._targets.get(step.table)
+        return target is None or bool(_lacking(target, step))
+
+    def _add_missing(self, transaction: Transaction, plan: Plan) -> None:
+        """
+        Add the columns that are set and missing; where other columns are missing too, none.
+
+        A column that rows are found by is never added: it would be empty, and find nothing.
+        """
+        for step in plan.steps:
+            if not self._may_lack_columns(step):
+                continue
+            self._targets.pop(step.table, None)  # another worker may have added them
+            target = self._find(transaction.connection, step.table)
+            if target is None or target.view:
+                continue
+            missing = _lacking(target, step)
+            if missing and all(name in step.shape.columns for name in missing):
+                for command in self._alterations(target, step, missing):
+                    transaction.execute_text(command)
+                del self._targets[step.table]
+
+    def _add_columns(self, target: Target, step: Step, missing: Sequence[str]) -> str:
+        commands = self._alterations(target, step, missing)
         near = {
             name
             for missed in missing
@@ -1026,7 +1325,7 @@ class SqlSink(ABC):
 
     # Loading rows -------------------------------------------------------------------------------
 
-    def _load(
+    def _prepare_load(
         self,
         transaction: Transaction,
         table: str,
@@ -1034,9 +1333,8 @@ class SqlSink(ABC):
         key: str,
         columns: Mapping[str, str],
         index: Sequence[str],
-        stamps: Sequence[str],
         stamped: Collection[object],
-    ) -> int:
+    ) -> _PreparedLoad:
         self._targets.pop(table, None)
         target = self._create(transaction, table, key, columns, index)
         stage_columns = [
@@ -1046,7 +1344,8 @@ class SqlSink(ABC):
             for place, (name, kind) in enumerate(columns.items())
         ]
         stage_columns.append(StageColumn("stamped", "integer"))
-        stage = _named_stage(repr((table, tuple(columns.items()))), stage_columns)
+        content = repr((table, tuple(columns.items())))
+        stage = _named_stage(content, stage_columns, transaction.stages)
         first: dict[object, Mapping[str, object]] = {}
         for row in rows:
             first.setdefault(row[key], row)
@@ -1058,22 +1357,26 @@ class SqlSink(ABC):
             lists.append(_convert(column, values) if as_text else values)
         lists.append([int(value in stamped) for value in first])
         self._make_stage(transaction, stage.name, stage_columns, target, lists)
-        clause = target.clause()
         staged = {name: stage.c[f"value_{place}"] for place, name in enumerate(columns)}
+        return _PreparedLoad(target, stage, key, staged, any(lists[-1]))
+
+    def _load(
+        self, transaction: Transaction, prepared: _PreparedLoad, stamps: Sequence[str]
+    ) -> int:
+        target, stage, key, staged, any_stamped = prepared
+        clause = target.clause()
         same = clause.c[target.column(key).name] == staged[key]
-        if stamps and any(lists[-1]):
+        if stamps and any_stamped:
             restamp = self._restamp(clause, staged, target, stamps)
             transaction.execute(restamp.where(same, stage.c.stamped == 1))
-        inserted = transaction.execute(
+        return transaction.execute(
             sa.insert(clause).from_select(
-                [target.column(name).name for name in columns],
+                [target.column(name).name for name in staged],
                 sa.select(*staged.values()).where(
                     ~sa.exists(sa.select(sa.literal_column("1")).select_from(clause).where(same))
                 ),
             )
         ).rowcount
-        self._drop(transaction, stage)
-        return inserted
 
     def _restamp(
         self,
@@ -1090,9 +1393,7 @@ class SqlSink(ABC):
         newer: sa.ColumnElement[bool] = sa.true()
         for name in stamps:
             column = table.c[target.column(name).name]
-            differs.append(
-                self._exact(column, target).is_distinct_from(self._exact(staged[name], target))
-            )
+            differs.append(self._differ(column, staged[name], target.column(name), target))
             emptied = _nothing(target.column(name))
             if name == VERSION_COLUMN:
                 newer = sa.or_(column.is_(None), column <= staged[name])
@@ -1111,12 +1412,13 @@ class SqlSink(ABC):
         columns: Mapping[str, str],
         index: Sequence[str],
     ) -> Target:
-        quote = self._engine.dialect.identifier_preparer.quote
+        quote = self._quote
         named = ".".join(quote(part) for part in table.split("."))
         target = self._find(transaction.connection, table)
         if target is None:
             declared = ", ".join(
-                f"{quote(name)} {self.types[kind]}{' PRIMARY KEY' if name == key else ''}"
+                f"{quote(name)} {self.declare(kind, name == key or name in index)}"
+                f"{' PRIMARY KEY' if name == key else ''}"
                 for name, kind in columns.items()
             )
             transaction.execute_text(f"CREATE TABLE {named} ({declared})")
@@ -1130,7 +1432,7 @@ class SqlSink(ABC):
             for name, kind in columns.items():
                 if name.lower() not in target.columns:
                     transaction.execute_text(
-                        f"ALTER TABLE {named} ADD COLUMN {quote(name)} {self.types[kind]}"
+                        f"ALTER TABLE {named} ADD COLUMN {quote(name)} {self.declare(kind, False)}"
                     )
         self._targets.pop(table, None)
         found = self._find(transaction.connection, table)
@@ -1154,6 +1456,57 @@ def _names(shape: Shape) -> tuple[str, ...]:
     return tuple(
         dict.fromkeys((*shape.equals, *shape.columns, *shape.empty, *shape.times, *messages))
     )
+
+
+def _lacking(target: Target, step: Step) -> list[str]:
+    return [name for name in _names(step.shape) if name.lower() not in target.columns]
+
+
+class _LedgerMovedError(SinkUnavailableError):
+    """Between a plan's preparation and its transaction somebody noted later updates."""
+
+
+class _Part(NamedTuple):
+    """What is left of a step, staged, and the notes of the rows to spare."""
+
+    step: Step
+    stage: sa.FromClause
+    spare: frozenset[_Spared]
+
+
+class _Later(NamedTuple):
+    """By row of a step: what later updates took of it, and which single rows they took."""
+
+    covers: Mapping[int, Sequence[Cover]]
+    spared: Mapping[int, Sequence[_Spared]]
+
+
+class _PreparedStep(NamedTuple):
+    """A step with its stage, and what is to be carried out of it."""
+
+    step: Step
+    target: Target
+    stage: sa.FromClause
+    later: _Later | None
+    parts: Sequence[_Part]
+    seconds: float
+
+
+class _PreparedPlan(NamedTuple):
+    """The steps that are staged, and what was refused."""
+
+    steps: Sequence[_PreparedStep]
+    rejected: tuple[tuple[str, RecognitionError], ...]
+
+
+class _PreparedLoad(NamedTuple):
+    """Rows that are staged: their columns by name, and whether some replace a stamp."""
+
+    target: Target
+    stage: sa.FromClause
+    key: str
+    staged: Mapping[str, _Expression]
+    any_stamped: bool
 
 
 class _Spared(NamedTuple):
@@ -1218,9 +1571,13 @@ def _like(name: str, column: Column) -> StageColumn:
     return StageColumn(name, "time" if column.kind == "time" else "clone", column)
 
 
-def _named_stage(content: str, columns: Sequence[StageColumn]) -> sa.TableClause:
+def _named_stage(
+    content: str, columns: Sequence[StageColumn], taken: Collection[str] = ()
+) -> sa.TableClause:
     # Temporary tables belong to one session, so that equal content may have an equal name.
-    name = f"recognition_stage_{blake2b(content.encode(), digest_size=4).hexdigest()}"
+    first = name = f"recognition_stage_{blake2b(content.encode(), digest_size=4).hexdigest()}"
+    while name in taken:
+        name = f"{first}_{len(taken)}"
     return sa.table(name, *(sa.column(column.name) for column in columns))
 
 
