@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from mongod import GivenServer
 from oracle import Oracle, make_event
 from racing import BROKEN, LIMIT
 from recognition.attribution import DAY, AttributionRules
+from recognition.errors import GraphUnavailableError
 from recognition.events import Event, Identifier
 from recognition.graph import mongo, open_graph
 from recognition.graph.mongo import MongoGraph
@@ -443,3 +445,49 @@ def test_a_graph_is_made_while_another_worker_makes_it(
             assert met
             assert again.claims == again.updates == 0
             assert graph.stats().references == 1
+
+
+class Quicker(monitoring.CommandListener):
+    """Claims the same device whenever a decision is about to write, which then begins again."""
+
+    def __init__(self, rival: Recognizer) -> None:
+        self._rival = rival
+        self.won = self.lost = 0
+
+    def started(self, event: monitoring.CommandStartedEvent) -> None:
+        if event.command_name != "update" or event.command["update"] != "subjects":
+            return
+        if mongo._GRABBED in str(event.command["updates"][0]["u"].get("$set", {})):
+            return  # it takes its locks, before it has read anything
+        number = self.won + self.lost
+        claim = make_event(f"rival-{number}", 100 + number, "d1", user_id=f"rival-{number}")
+        try:
+            self._rival.process([claim])
+            self.won += 1
+        except GraphUnavailableError:
+            self.lost += 1
+
+    def succeeded(self, event: monitoring.CommandSucceededEvent) -> None:
+        """Nothing depends on it."""
+
+    def failed(self, event: monitoring.CommandFailedEvent) -> None:
+        """Nothing depends on it."""
+
+
+def test_a_decision_is_not_beaten_forever_by_quicker_ones(
+    mongodb: GivenServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has begun again twice locks first: then it is the others who begin again."""
+    with mongodb.database() as url, MongoGraph(url, timeout=0.3) as other:
+        rival = Recognizer(other)
+        rival.process([make_event("first", 1, "d1", user_id="u0")])
+        quicker = Quicker(rival)
+        client = partial(mongo.MongoClient, event_listeners=[quicker])
+        monkeypatch.setattr(mongo, "MongoClient", client)
+        with MongoGraph(url, timeout=20) as graph:
+            done = Recognizer(graph).process([make_event("mine", 50, "d1", user_id="u1")])
+            kept = graph._db["subjects"].count_documents({mongo._GRABBED: {"$exists": True}})
+
+    assert done.claims == 1
+    assert (quicker.won, quicker.lost) == (mongo._PATIENCE, 1)
+    assert kept == 0

@@ -11,7 +11,8 @@ The protocol. Everybody who writes here keeps these rules, in this order:
 3. **Lock what was read.** A decision writes a new version into every timeline, identifier and
    component of links that it decided about, changed or not. Two decisions that share one are two
    writes to one document: MongoDB lets one of them commit, the other begins again with what the
-   first one did. New ones are told apart by their unique ``_id`` in the same way.
+   first one did. Who has lost twice takes these locks before it reads, so that it is the others
+   who begin again. New ones are told apart by their unique ``_id`` in the same way.
 4. **Number late.** The sequence of an update is taken after the snapshot is fixed. Of two decisions
    that share a lock the later one began its last attempt after the earlier one had committed, so
    its numbers are greater. (Two that share none are about different rows.)
@@ -184,6 +185,11 @@ _ENDS = 16
 
 # Numbers that one decision takes from the sequence at first; each time after that four times more.
 _NUMBERS = 256
+
+# Attempts that a decision loses to others before it locks first and reads afterwards; and the field
+# of a subject that this writes.
+_PATIENCE = 2
+_GRABBED = "l"
 
 _DAY_KIND = 3
 _REST = 20  # bytes of a row's key after digest, day and place
@@ -452,12 +458,20 @@ class MongoGraph(StoredGraph):
                         return result, 0
             deadline = time.monotonic() + self._timeout
             attempt = 0
+            contended: set[bytes] = set()
             while True:
                 attempt += 1
                 try:
                     with _translated():
                         store, result = self._attempt(
-                            workspace, work, announced, since, subjects, session
+                            workspace,
+                            work,
+                            announced,
+                            since,
+                            subjects,
+                            session,
+                            contended,
+                            at_once=attempt > _PATIENCE,
                         )
                     break
                 except _AgainError as exc:
@@ -489,13 +503,30 @@ class MongoGraph(StoredGraph):
         since: int,
         subjects: Collection[bytes],
         session: ClientSession,
+        contended: set[bytes],
+        *,
+        at_once: bool,
     ) -> tuple[_MongoStore, _Result]:
+        """
+        Decide once; ``contended`` gathers what it locks.
+
+        ``at_once``: lock that before anything is read. Locks that are taken in the end alone are
+        lost to whoever is quicker, and a long decision loses them to short ones again and again.
+        """
         try:
             session.start_transaction(ReadConcern("snapshot"), _MAJORITY)
             store = _MongoStore(self, workspace, session, announced, since, subjects)
             try:
+                if at_once and contended:
+                    # Another value each time: a write that changes nothing locks nothing.
+                    self._db["subjects"].update_many(
+                        {"_id": {"$in": list(contended)}},
+                        {"$set": {_GRABBED: secrets.token_bytes(6)}},
+                        session=session,
+                    )
                 result = work(store)
                 if store.has_changes:
+                    contended |= store.to_be_locked
                     store.flush()
                 else:
                     session.abort_transaction()
@@ -1261,6 +1292,11 @@ class _MongoStore:
             or self._updates
         )
 
+    @property
+    def to_be_locked(self) -> set[bytes]:
+        """The timelines and identifiers that get a new version."""
+        return self._changed | self._locked
+
     def flush(self) -> None:
         """Write everything, in the transaction."""
         session, db = self._session, self._db
@@ -1277,7 +1313,8 @@ class _MongoStore:
                 new_subjects.append(made)
         locked = list(self._locked - self._changed)
         if locked:
-            subjects.append(UpdateMany({"_id": {"$in": locked}}, {"$set": {"v": version}}))
+            locking = {"$set": {"v": version}, "$unset": {_GRABBED: ""}}
+            subjects.append(UpdateMany({"_id": {"$in": locked}}, locking))
         links = list(self._link_writes.values())
         for component in self._components:
             key = _link_key(component, 0, 0, False)
@@ -1342,6 +1379,7 @@ class _MongoStore:
             for document in self._db["subjects"].find(
                 {"_id": {"$in": missing}}, session=self._session, batch_size=20_000
             ):
+                document.pop(_GRABBED, None)
                 self._documents[document["_id"]] = document
                 self._workspace.last = max(self._workspace.last, document.get("v", 0))
 
