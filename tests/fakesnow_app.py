@@ -7,9 +7,10 @@ It lives in a virtual environment of its own, because fakesnow needs a connector
 - what connector 5 wants in the answer to a login: a master token, validities, role and warehouse;
 - ``/test/logins``: which session parameters each login gave, so that a test can see what a real
   Snowflake would have been told;
-- ``/test/faults``: what to answer instead of running the next statements that begin with a text.
+- ``/test/faults``: what to answer instead of running the next statements that begin with a text:
+  an error, or rows that fakesnow cannot hold.
 
-It listens on a free loopback port, which it prints, and ends when its standard input ends.
+It listens on a free loopback port, which it writes out, and ends when its standard input ends.
 """
 
 from __future__ import annotations
@@ -41,13 +42,30 @@ async def _body(request: Request) -> dict[str, Any]:
     return json.loads(raw)
 
 
-def _failure(fault: dict[str, Any]) -> JSONResponse:
+def _answer(fault: dict[str, Any]) -> JSONResponse:
+    if "rows" in fault:
+        return _rows(fault["columns"], fault["rows"])
     code = fault["code"]
     data = {"errorCode": code, "sqlState": fault.get("sqlstate", "")}
     return JSONResponse(
         {"data": data, "code": code, "message": fault["message"], "success": False},
         status_code=fault.get("status", 200),
     )
+
+
+def _rows(columns: list[str], rows: list[list[str | None]]) -> JSONResponse:
+    text = {"type": "text", "nullable": True, "length": 16_777_216, "byteLength": 16_777_216}
+    data = {
+        "parameters": [],
+        "rowtype": [{"name": name, "precision": None, "scale": None, **text} for name in columns],
+        "rowset": rows,
+        "total": len(rows),
+        "returned": len(rows),
+        "queryId": "made-up",
+        "statementTypeId": 0x1000,  # SELECT
+        "queryResultFormat": "json",
+    }
+    return JSONResponse({"data": data, "code": None, "message": None, "success": True})
 
 
 def _fault(text: str) -> dict[str, Any] | None:
@@ -77,7 +95,7 @@ async def login(request: Request) -> Response:
         }
     )
     if (fault := _fault("login")) is not None:
-        return _failure(fault)
+        return _answer(fault)
     answer = json.loads(bytes((await login_request(request)).body))
     data = answer["data"]
     data["masterToken"] = data["token"]
@@ -97,12 +115,12 @@ async def query(request: Request) -> Response:
         return await query_request(request)
     if fault.get("after_running"):
         await query_request(request)
-    return _failure(fault)
+    return _answer(fault)
 
 
 async def renew(request: Request) -> Response:
     """No session of a test lives long enough to be renewed; one that is told to log in does."""
-    return _failure({"code": "390114", "message": "Authentication token has expired."})
+    return _answer({"code": "390114", "message": "Authentication token has expired."})
 
 
 async def logins(request: Request) -> Response:
@@ -143,7 +161,7 @@ def main() -> None:
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
     listener.listen()
-    print(listener.getsockname()[1], flush=True)
+    os.write(1, b"%d\n" % listener.getsockname()[1])
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     app = Starlette(routes=[*_OURS, *routes])
     config = uvicorn.Config(app, lifespan="off", log_level="warning")

@@ -45,18 +45,18 @@ class Server:
         return f"snowflake://tester:s3cr3t@127.0.0.1:{self.port}/{database}/{schema}?{shown}"
 
     def logins(self) -> list[dict[str, Any]]:
-        """What each login gave: ``parameters`` of the session, ``warehouse``, ``role``, ``user``."""
+        """What each login gave: ``parameters`` of the session, ``warehouse``, ``role``."""
         found: list[dict[str, Any]] = self._ask("logins")
         return found
 
     def fail(self, *faults: dict[str, Any]) -> None:
         """
-        From now on, answer statements (or ``login``) that begin with a text by an error.
+        From now on, answer statements (or ``login``) that begin with a text by this.
 
         Args:
-            faults: ``begins``, ``code``, and if wanted ``sqlstate``, ``status`` of HTTP, ``times``
-                (1), ``after`` so many that are let pass, ``after_running`` the statement. They
-                replace those that were there.
+            faults: ``begins``, and either ``code``, and if wanted ``sqlstate`` and ``status`` of
+                HTTP, or ``columns`` and ``rows`` of texts; further ``times`` (1), ``after`` so many
+                that are let pass, ``after_running`` the statement. They replace those before.
         """
         usual = {"message": "as the test wants it", "times": 1}
         self._ask("faults", [{**usual, **fault} for fault in faults])

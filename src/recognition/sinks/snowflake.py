@@ -15,13 +15,15 @@ statement, and no session of the pool can lack it.
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
-import sqlalchemy as sa
 import snowflake.sqlalchemy  # noqa: F401 - the extra is installed
+import sqlalchemy as sa
 from sqlalchemy.engine import make_url
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql import quoted_name
 
 from recognition.errors import (
@@ -39,6 +41,7 @@ from recognition.sinks.sql import (
     StageColumn,
     Target,
     Transaction,
+    render_try_cast,
 )
 
 _URL = "snowflake://user:password@account/database/schema?warehouse=NAME&role=NAME"
@@ -115,6 +118,7 @@ class SnowflakeSink(SqlSink):
     """
 
     indexed = False
+    collating = ("text",)
     types: ClassVar[Mapping[str, str]] = {
         "text": "VARCHAR",
         "time": "TIMESTAMP_NTZ",
@@ -223,18 +227,19 @@ class SnowflakeSink(SqlSink):
             (schema, table),
         )
         columns: dict[str, Column] = {}
-        ambiguous: dict[str, str] = {}
+        spelled: defaultdict[str, list[str]] = defaultdict(list)
         for name, declared, nullable, *limits in rows:
             column = _describe(self._spell(name), declared, nullable == "YES", *limits)
-            twin = columns.setdefault(name.lower(), column)
-            if twin is not column:
-                ambiguous[name.lower()] = f"{twin.name!r} and {column.name!r}"
+            columns[name.lower()] = column
+            spelled[name.lower()].append(repr(name))
         holders = tuple(quoted_name(name, True) for name in (*above, schema))
         return _Target(
             parts=(*holders[len(holders) - len(parts) + 1 :], self._spell(table)),
             columns=columns,
+            # INFORMATION_SCHEMA does not tell which columns have a collation.
+            collated=True,
             view=kinds[schema, table] != "BASE TABLE",
-            ambiguous=ambiguous,
+            ambiguous={n: " and ".join(each) for n, each in spelled.items() if len(each) > 1},
         )
 
     def list_tables(self, connection: sa.Connection) -> Sequence[str]:
@@ -294,7 +299,7 @@ class SnowflakeSink(SqlSink):
     ) -> sa.ColumnElement[bool]:
         """A text that is no time is in no interval."""
         if like.kind == "text":
-            time = sa.func.try_to_timestamp_tz(time)
+            time = sa.try_cast(time, _OfSnowflake("TIMESTAMP_TZ"))
         return self.inside(time, interval.start, interval.end, open_ended)
 
     def bounded(
@@ -312,9 +317,9 @@ class SnowflakeSink(SqlSink):
 
     def translate(self, error: BaseException | None) -> SinkError:
         """By Snowflake's code, never by the text."""
-        code = getattr(error, "errno", None)
+        code = _code(error)
         state = getattr(error, "sqlstate", None) or "no state"
-        shown = f"{code if isinstance(code, int) else -1:06d}, {state}"
+        shown = f"{code:06d}, {state}"
         if code in _NO_ANSWER:
             return SinkUnavailableError(
                 f"Snowflake does not answer ({shown}); nothing was committed"
@@ -344,8 +349,8 @@ class SnowflakeSink(SqlSink):
         return self._engine.dialect.identifier_preparer.quote(name)
 
     def _spell(self, name: str) -> str:
-        """A name of the catalogue as SQLAlchemy wants it: in lower case where it needs no quotes."""
-        return cast(str, self._engine.dialect.normalize_name(name))
+        """A catalogue's name as SQLAlchemy wants it: in lower case where it needs no quotes."""
+        return self._engine.dialect.normalize_name(name)
 
 
 class _Target(Target):
@@ -372,8 +377,14 @@ class _OfSnowflake(sa.types.UserDefinedType[Any]):
 
 def _note_lost_connection(context: sa.engine.ExceptionContext) -> None:
     """One that does not answer is not asked to roll back, nor kept for the next who asks."""
-    if getattr(context.original_exception, "errno", None) in _NO_ANSWER:
+    if _code(context.original_exception) in _NO_ANSWER:
         context.is_disconnect = True
+
+
+def _code(error: BaseException | None) -> int:
+    """What Snowflake or the connector calls the error; -1 where it has no name."""
+    code = getattr(error, "errno", None)
+    return code if isinstance(code, int) else -1
 
 
 def _choose(asked: Sequence[str], found: Sequence[tuple[str, ...]]) -> Sequence[tuple[str, ...]]:
@@ -404,9 +415,10 @@ def _describe(
     if declared == "TEXT":
         kind, declared = "text", "VARCHAR" if width is None else f"VARCHAR({width})"
     elif declared == "NUMBER" and precision is not None:
+        scale = scale or 0
         kind = "float" if scale else "integer"
-        high = 10 ** (precision - (scale or 0)) - 1
-        declared = f"NUMBER({precision}, {scale or 0})"
+        high = (10**precision - 1) / 10**scale if scale else 10**precision - 1
+        declared = f"NUMBER({precision}, {scale})"
     elif declared == "FLOAT":
         kind, high = "float", sys.float_info.max
     elif declared == "BOOLEAN":
@@ -475,3 +487,6 @@ def _size(value: object) -> int:
         return 1 + len(str(value)) if value is not None else 5
     escaped = sum(map(value.count, "\\'\n\r"))
     return 4 + escaped + (len(value) if value.isascii() else len(value.encode()))
+
+
+compiles(sa.TryCast, "snowflake")(render_try_cast)
