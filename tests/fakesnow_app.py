@@ -115,6 +115,8 @@ async def query(request: Request) -> Response:
         return await query_request(request)
     if fault.get("after_running"):
         await query_request(request)
+    if fault.get("ends"):
+        os._exit(0)
     return _answer(fault)
 
 

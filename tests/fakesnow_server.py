@@ -55,8 +55,9 @@ class Server:
 
         Args:
             faults: ``begins``, and either ``code``, and if wanted ``sqlstate`` and ``status`` of
-                HTTP, or ``columns`` and ``rows`` of texts; further ``times`` (1), ``after`` so many
-                that are let pass, ``after_running`` the statement. They replace those before.
+                HTTP, or ``columns`` and ``rows`` of texts, or ``ends``, which ends the server;
+                further ``times`` (1), ``after`` so many that are let pass, ``after_running`` the
+                statement. They replace those before.
         """
         usual = {"message": "as the test wants it", "times": 1}
         self._ask("faults", [{**usual, **fault} for fault in faults])

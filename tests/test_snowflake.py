@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import sqlalchemy as sa
+import sqlglot
+from sqlglot import exp
 
 from fakesnow_server import CONNECT_ARGS, MISSING, PYTHON, Server, open_server
 from recognition.errors import (
@@ -22,7 +25,7 @@ from recognition.errors import (
     TableError,
     ValueRefusedError,
 )
-from recognition.messages import Between
+from recognition.messages import Between, Equals, Messages
 from recognition.planner import plan_updates
 from recognition.sinks import Applied, Sink, open_sink
 from recognition.sinks import snowflake as module
@@ -30,6 +33,7 @@ from recognition.sinks.snowflake import SnowflakeSink
 from recognition.testing import SinkTests
 from recognition.testing.sinks import (
     HOSTILE_NAMES,
+    at,
     between,
     device,
     row,
@@ -467,6 +471,157 @@ def test_a_collation_does_not_blur(database: Database, opened: Opened) -> None:
     assert "to_binary(events.anonymous_id, 'UTF-8')" in text
 
 
+# Statements -------------------------------------------------------------------------------------
+
+GOLDEN = Path(__file__).parent / "golden" / "snowflake.sql"
+
+
+def _windows(table: str = "events") -> dict[str, Any]:
+    """Updates of the shapes that matter, with what each is about."""
+    refs = (("m1", at(1)), ("m2", at(2.5)))
+    named = Messages(id_column="message_id", time_column="timestamp", refs=refs)
+    owner = {"user_id": "u1", "context_traits_email": "a@example.com"}
+    return {
+        "a device's rows in an interval, where nobody is known": update(
+            1, owner, device("a1"), unknown(), between(0, 9), table=table
+        ),
+        "the same, in a table with versions": update(
+            2, owner, device("a1"), unknown(), between(0, 9), table=table, versioned=True
+        ),
+        "a column of recognition's own, set whatever it holds": update(
+            3, {"stitched_user_id": "u1"}, device("a1"), table=table
+        ),
+        "messages of a device": update(4, {"user_id": "u1"}, device("a1"), named, table=table),
+        "a user who became another": update(
+            5, {"user_id": "u2"}, Equals(column="user_id", value="u1"), table=table, versioned=True
+        ),
+    }
+
+
+def test_statements_are_those_of_the_file(database: Database, opened: Opened) -> None:
+    """A change of SQL is seen in a diff: each statement by UPDATE and by MERGE, and it parses."""
+    database.write("events", [])
+    shown = []
+    for statement in ("update", "merge"):
+        sink = opened(statement=statement)
+        for about, wanted in _windows().items():
+            (step,) = plan_updates([wanted]).steps
+            text = sink.compile(step).rsplit("\n", 1)[0]
+            parsed = sqlglot.parse_one(re.sub(r"%\((\w+)\)s", r":\1", text), read="snowflake")
+            assert isinstance(parsed, {"update": exp.Update, "merge": exp.Merge}[statement])
+            shown.append(f"-- {statement}: {about}\n{text};\n")
+
+    found = "\n".join(shown)
+
+    assert found == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_compile_is_what_apply_sends(database: Database, opened: Opened) -> None:
+    """`compile` gives the text of the statement that `apply` sends."""
+    for statement in ("UPDATE", "MERGE"):
+        database.write(f"by_{statement}", [row("m1", "a1", 1)])
+        sink = opened(statement=statement.lower())
+        plan = plan_updates(_windows(f"by_{statement}").values())
+        compiled = [sink.compile(step).rsplit("\n", 1)[0] for step in plan.steps]
+        texts = sent(sink)
+
+        applied = sink.apply(plan)
+
+        assert applied.rejected == ()
+        assert [text for text in texts if text.startswith(statement)] == compiled
+        assert applied.statements == len([t for t in texts if t not in ("COMMIT", "ROLLBACK")])
+
+
+def test_merge_does_what_update_does(database: Database, opened: Opened) -> None:
+    """By MERGE the same rows get the same values and are counted the same."""
+    rows = [row(f"m{n}", f"a{n % 3}", n, user_id="u9" if n == 5 else None) for n in range(9)]
+    owner = {"user_id": "u1", "context_traits_email": "a@example.com"}
+    counted, found = [], []
+    for statement in ("update", "merge"):
+        database.write(statement, rows)
+        sink = opened(statement=statement)
+        for _ in range(2):
+            applied = apply(
+                sink,
+                update(1, owner, device("a0"), unknown(), between(0, 9), table=statement),
+                update(2, owner, device("a2"), unknown(), table=statement, versioned=True),
+                update(3, {"stitched_user_id": "s"}, device("a1"), table=statement),
+            )
+            counted.append((applied.rows_matched, applied.rows_changed))
+        found.append(database.read(statement))
+
+    assert counted == [(8, 8), (8, 0)] * 2
+    assert found[0] == found[1]
+
+
+def test_stages_are_made_before_the_transaction(database: Database, opened: Opened) -> None:
+    """No statement that commits stands between the first UPDATE and the COMMIT."""
+    database.write("events", [row("m1", "a1", 1)])
+    database.write("others", [row("m1", "a1", 1)])
+    sink = opened()
+    texts = sent(sink)
+
+    apply(
+        sink,
+        update(1, {"user_id": "u1"}, device("a1")),
+        update(2, {"user_id": "u1"}, device("a1"), between(0, 9), table="others"),
+    )
+
+    kinds = [" ".join(text.split()[:3]).split("_stage_")[0] for text in texts]
+    first = kinds.index("COMMIT")
+    assert [kind for kind in kinds[:first] if not kind.startswith("SELECT")] == [
+        "CREATE TABLE IF",
+        "DELETE FROM recognition_ledger",
+        *["CREATE TEMPORARY TABLE", "INSERT INTO recognition"] * 2,
+    ]
+    assert [kind.split()[0] for kind in kinds[first:]] == [
+        "COMMIT",
+        *["UPDATE", "SELECT"] * 2,
+        *["SELECT"] * 2,
+        *["INSERT"] * 2,
+        "COMMIT",
+        *["DROP"] * 2,
+        "ROLLBACK",  # of nothing, as SQLAlchemy gives the connection back
+    ]
+
+
+def test_later_updates_of_another_worker_are_not_undone(database: Database, opened: Opened) -> None:
+    """A worker whose rows were taken between its look at the ledger and its UPDATE looks again."""
+    database.write("events", [row(f"m{n}", "a1", n) for n in range(4)])
+    mine, other = opened(), opened()
+    texts = sent(mine)
+
+    @sa.event.listens_for(mine._engine, "before_cursor_execute")
+    def interfere(_: Any, __: Any, statement: str, *rest: Any) -> None:
+        if statement.startswith("UPDATE") and len([t for t in texts if t == statement]) == 1:
+            apply(other, update(2, {"stitched_user_id": "B"}, device("a1"), between(2, 9)))
+
+    apply(mine, update(1, {"stitched_user_id": "A"}, device("a1"), between(0, 9)))
+
+    expected = {"m0": "A", "m1": "A", "m2": "B", "m3": "B"}
+    assert "ROLLBACK" in texts
+    assert database.column("stitched_user_id") == expected
+
+
+def test_nothing_is_left_of_a_plan(database: Database, opened: Opened) -> None:
+    """Stages are dropped after the plan, and go with the session when it failed."""
+    database.write("events", [row("m1", "a1", 1)])
+    sink = opened()
+    apply(sink, update(1, {"user_id": "u1"}, device("a1")))
+    database.server.fail({"begins": "UPDATE", "code": "001003", "times": 2})
+    before = len(database.server.logins())
+    with pytest.raises(SinkError):
+        apply(sink, update(2, {"user_id": "u2"}, device("a1"), table="EVENTS"))
+
+    applied = apply(sink, update(2, {"user_id": "u2"}, device("a1"), table="EVENTS"))
+
+    with sink._engine.connect() as connection:
+        tables = connection.exec_driver_sql("SELECT table_name FROM information_schema.tables")
+        assert sorted(name for (name,) in tables) == ["EVENTS", "RECOGNITION_LEDGER"]
+    assert applied.rows_changed == 1
+    assert len(database.server.logins()) > before
+
+
 # Pages ------------------------------------------------------------------------------------------
 
 
@@ -511,8 +666,9 @@ def test_stages_are_filled_in_pages_of_bounded_size(
     apply(sink, *(update(n, {"user_id": key}, device(key)) for n, key in enumerate(keys)))
 
     inserts = [text for text in texts if text.startswith("INSERT INTO recognition_stage")]
-    values_of = [text.split(" VALUES ")[1] for text in inserts]
-    assert max(len(text.encode()) for text in values_of) <= 5_000
+    sizes = [len(text.split(" VALUES ", 1)[1].encode()) for text in inserts]
+    assert max(sizes) <= 5_000
+    assert max(sizes) > 4_000
     assert len(inserts) > 1
     assert database.column("user_id") == {f"m{n}": key for n, key in enumerate(keys)}
 
@@ -661,10 +817,33 @@ def test_a_url_of_another_form_is_refused(url: str) -> None:
     assert "s3cr3t" not in str(caught.value)
 
 
-def test_a_profile_needs_no_more(database: Database) -> None:
-    """A URL that names a profile of the connector's own file needs nothing else."""
-    with closing(open_sink("snowflake://?connection_name=prod")) as sink:
-        assert isinstance(sink, SnowflakeSink)
+def test_a_profile_holds_the_credentials(
+    database: Database, opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A URL that names a profile of the connector's own file needs no account and no password."""
+    database.write("events", [row("m1", "a1", 1)])
+    profiles = tmp_path / "connections.toml"
+    profiles.touch(mode=0o600)
+    profiles.write_text(
+        f"""
+        [prod]
+        account = "fake"
+        user = "tester"
+        password = "s3cr3t"
+        host = "127.0.0.1"
+        port = {database.server.port}
+        warehouse = "from_profile"
+        """
+    )
+    monkeypatch.setenv("SNOWFLAKE_HOME", str(tmp_path))
+
+    applied = apply(
+        opened(f"snowflake:///{database.name}/public?connection_name=prod"),
+        update(1, {"user_id": "u1"}, device("a1")),
+    )
+
+    assert applied.rows_changed == 1
+    assert database.server.logins()[-1]["warehouse"] == "from_profile"
 
 
 @pytest.mark.parametrize("options", [{"timeout": -1}, {"ledger_days": 0}, {"statement_timeout": 0}])
@@ -680,7 +859,7 @@ def test_the_password_is_nowhere(
     """Neither the sink, nor what is logged, nor the causes of an error show the password."""
     caplog.set_level(logging.DEBUG)
     database.write("events", [])
-    sink = opened()
+    sink = opened(connect_args={"passcode": "s3cr3t"})
     database.server.fail({"begins": "login", "code": "390100"})
 
     with pytest.raises(SinkError) as caught:

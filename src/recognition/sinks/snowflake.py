@@ -112,12 +112,15 @@ class SnowflakeSink(SqlSink):
     profile of the connector's ``connections.toml``. What else follows ``?`` is the connector's own.
 
     Args:
+        statement: ``update`` sets rows by UPDATE .. FROM, ``merge`` by MERGE, which means the same
+            and costs about as much.
         statement_timeout: How long one statement may run, in seconds.
         connect_args: More for the connector, above all what must not stand in a URL, such as
             ``private_key_file``. Its ``session_parameters`` win over those of this sink.
     """
 
     indexed = False
+    ddl_commits = True
     collating = ("text",)
     types: ClassVar[Mapping[str, str]] = {
         "text": "VARCHAR",
@@ -133,16 +136,27 @@ class SnowflakeSink(SqlSink):
         *,
         timeout: float = 120.0,
         ledger_days: int = 90,
+        add_missing_columns: bool = False,
+        statement: str = "update",
         statement_timeout: int = 3_600,
         connect_args: Mapping[str, Any] | None = None,
     ) -> None:
+        if statement not in ("update", "merge"):
+            raise ConfigurationError(f"statement is {statement!r}; it is 'update' or 'merge'")
         if statement_timeout < 1:
             raise ConfigurationError(
                 f"statement_timeout is {statement_timeout} seconds; it is at least 1"
             )
+        self.merges = statement == "merge"
         self._statement_timeout = statement_timeout
         self._connect_args = dict(connect_args or {})
-        super().__init__(url, timeout=timeout, ledger_days=ledger_days)
+        super().__init__(
+            url,
+            timeout=timeout,
+            ledger_days=ledger_days,
+            add_missing_columns=add_missing_columns,
+        )
+        del self._connect_args  # it may hold a key
 
     def make_engine(self, url: str, timeout: float) -> sa.Engine:
         """What each session is told: https://docs.snowflake.com/en/sql-reference/parameters."""
@@ -345,9 +359,6 @@ class SnowflakeSink(SqlSink):
             return TableError(f"a table refused the rows ({shown}); all was rolled back")
         return SinkError(f"Snowflake refused a statement ({shown}); all was rolled back")
 
-    def _quote(self, name: str) -> str:
-        return self._engine.dialect.identifier_preparer.quote(name)
-
     def _spell(self, name: str) -> str:
         """A catalogue's name as SQLAlchemy wants it: in lower case where it needs no quotes."""
         return self._engine.dialect.normalize_name(name)
@@ -471,7 +482,7 @@ def _pages(rows: Iterator[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
     page: list[tuple[Any, ...]] = []
     size = 0
     for row in rows:
-        added = sum(map(_size, row))
+        added = len("()") + sum(map(_size, row))
         if page and (size + added > _PAGE_BYTES or len(page) == _PAGE_ROWS):
             yield page
             page, size = [], 0
@@ -482,11 +493,13 @@ def _pages(rows: Iterator[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
 
 
 def _size(value: object) -> int:
-    """How many bytes the connector makes of a value at most, with quotes and comma."""
+    """How many bytes the connector makes of a value, with what stands between it and the next."""
+    if value is None:
+        return len("NULL, ")
     if not isinstance(value, str):
-        return 1 + len(str(value)) if value is not None else 5
+        return len(f"{value}, ")
     escaped = sum(map(value.count, "\\'\n\r"))
-    return 4 + escaped + (len(value) if value.isascii() else len(value.encode()))
+    return len("'', ") + escaped + (len(value) if value.isascii() else len(value.encode()))
 
 
 compiles(sa.TryCast, "snowflake")(render_try_cast)
