@@ -19,6 +19,7 @@ from sqlglot import exp
 from fakesnow_server import CONNECT_ARGS, MISSING, PYTHON, Server, open_server
 from recognition.errors import (
     ConfigurationError,
+    OutcomeUnknownError,
     SinkError,
     SinkReadOnlyError,
     SinkUnavailableError,
@@ -215,8 +216,8 @@ SESSION = {
 
 
 #: The question for a table, and what its answer holds.
-TABLES = "SELECT table_schema, table_name, table_type"
-NAMES = ["table_schema", "table_name", "table_type"]
+TABLES = "SELECT table_catalog, table_schema, table_name, table_type"
+NAMES = ["table_catalog", "table_schema", "table_name", "table_type"]
 
 
 # Names ------------------------------------------------------------------------------------------
@@ -260,13 +261,16 @@ def test_names_that_differ_in_case_alone_are_refused(database: Database, opened:
         {
             "begins": TABLES,
             "columns": NAMES,
-            "rows": [["PUBLIC", "EVENTS", "BASE TABLE"], ["PUBLIC", "events", "BASE TABLE"]],
+            "rows": [
+                ["D", "PUBLIC", "EVENTS", "BASE TABLE"],
+                ["D", "PUBLIC", "events", "BASE TABLE"],
+            ],
         }
     )
 
     applied = apply(opened(), update(1, {"user_id": "u1"}, device("a1")))
 
-    assert "'PUBLIC.EVENTS' and 'PUBLIC.events'" in refusal(applied)
+    assert "'D.PUBLIC.EVENTS' and 'D.PUBLIC.events'" in refusal(applied)
     assert database.column("user_id") == {"m1": None}
 
 
@@ -277,7 +281,10 @@ def test_a_name_with_capitals_is_taken_as_it_is_spelled(database: Database, open
         {
             "begins": TABLES,
             "columns": NAMES,
-            "rows": [["PUBLIC", "EVENTS", "BASE TABLE"], ["PUBLIC", "Events", "BASE TABLE"]],
+            "rows": [
+                ["D", "PUBLIC", "EVENTS", "BASE TABLE"],
+                ["D", "PUBLIC", "Events", "BASE TABLE"],
+            ],
         }
     )
 
@@ -333,7 +340,9 @@ def test_a_missing_database_is_a_missing_table(database: Database, opened: Opene
 def test_a_view_is_refused(database: Database, opened: Opened) -> None:
     """Nothing can be set in a view; fakesnow does not list them among the tables."""
     database.run("CREATE VIEW seen AS SELECT 'a1' AS anonymous_id, 'u' AS user_id")
-    database.server.fail({"begins": TABLES, "columns": NAMES, "rows": [["PUBLIC", "SEEN", "VIEW"]]})
+    database.server.fail(
+        {"begins": TABLES, "columns": NAMES, "rows": [["D", "PUBLIC", "SEEN", "VIEW"]]}
+    )
 
     applied = apply(opened(), update(1, {"user_id": "u1"}, device("a1"), table="seen"))
 
@@ -351,6 +360,18 @@ def test_a_missing_column_comes_with_its_command(database: Database, opened: Ope
 
     assert command == "ALTER TABLE events ADD COLUMN shoe_size NUMBER(38, 0)"
     assert apply(sink, wanted).rows_changed == 1
+
+
+def test_a_missing_column_is_added_on_request(database: Database, opened: Opened) -> None:
+    """With `add_missing_columns` the column is there after the first window."""
+    database.write("events", [row("m1", "a1", 1)])
+
+    applied = apply(
+        opened(add_missing_columns=True), update(1, {"shoe_size": 44}, device("a1"), unknown())
+    )
+
+    assert applied.rejected == ()
+    assert database.column("shoe_size") == {"m1": 44}
 
 
 # Types ------------------------------------------------------------------------------------------
@@ -798,6 +819,29 @@ def test_a_server_that_went_away_is_named_so(database: Database, opened: Opened)
     assert again.value.retryable
 
 
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_commit_without_an_answer_may_have_happened(opened: Opened, which: int) -> None:
+    """A server lost at the plan's COMMIT leaves it open; at that of the stages it is not."""
+    kind = {1: SinkUnavailableError, 2: OutcomeUnknownError}[which]
+    with open_server() as server:
+        database = Database(server)
+        database.write("events", [row("m1", "a1", 1)])
+        sink = opened(
+            database.url,
+            timeout=0,
+            connect_args={"retry_max_attempts": 1, "retry_backoff_base_ms": 1},
+        )
+        database.engine.dispose()
+        server.fail({"begins": "COMMIT", "after": which - 1, "after_running": True, "ends": True})
+
+        with pytest.raises(kind) as caught:
+            apply(sink, update(1, {"user_id": "u1"}, device("a1")))
+
+    assert type(caught.value) is kind
+    assert caught.value.written is {1: False, 2: None}[which]
+    assert caught.value.retryable
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -892,6 +936,33 @@ def test_a_ledger_with_lines_twice_does_no_harm(database: Database, opened: Open
     expected = {"m0": "A", "m1": "A", "m2": "B", "m3": "B"}
     assert database.column("stitched_user_id") == expected
     assert (again.rows_matched, again.rows_changed) == (2, 0)
+
+
+def test_the_ledger_knows_tables_of_one_name_apart(database: Database, opened: Opened) -> None:
+    """A later update of another schema's table takes nothing; one that spells more does."""
+    database.run("CREATE SCHEMA other")
+    for schema in ("public", "other"):
+        database.run(
+            f"CREATE TABLE {schema}.events AS SELECT 'm1' AS message_id, 'a1' AS anonymous_id,"
+            " CAST(NULL AS VARCHAR) AS stitched_user_id"
+        )
+    sink = opened()
+    late = update(1, {"stitched_user_id": "A"}, device("a1"))
+
+    for table, sequence in (("other.events", 3), ("events", 2)):
+        apply(
+            sink, update(sequence, {"stitched_user_id": f"u{sequence}"}, device("a1"), table=table)
+        )
+    apply(sink, late, late.model_copy(update={"id": "x", "table": f"{database.name}.other.events"}))
+
+    found = [
+        database.column("stitched_user_id", f"{schema}.events") for schema in ("public", "other")
+    ]
+    apply(sink, late.model_copy(update={"table": "other.events", "sequence": 4, "id": "y"}))
+    apply(sink, late.model_copy(update={"table": "public.events", "sequence": 3, "id": "z"}))
+
+    assert found == [{"m1": "u2"}, {"m1": "u3"}]
+    assert database.column("stitched_user_id", "public.events") == {"m1": "A"}
 
 
 # Loading ----------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar
 
@@ -209,7 +210,6 @@ class SnowflakeSink(SqlSink):
         if len(parts) > 3:
             return None
         catalogue = "information_schema"
-        above: tuple[str, ...] = ()
         if len(parts) == 3:
             databases = connection.exec_driver_sql(
                 "SELECT database_name FROM information_schema.databases"
@@ -219,21 +219,21 @@ class SnowflakeSink(SqlSink):
             found = _choose(parts[:1], [(name,) for (name,) in databases])
             if len(found) != 1:
                 return _several(parts, found)
-            (above,) = found
-            catalogue = f"{self._quote(quoted_name(above[0], True))}.{catalogue}"
+            catalogue = f"{self._quote(quoted_name(found[0][0], True))}.{catalogue}"
         within = "upper(table_schema) = upper(%s)"
         if len(parts) == 1:
             within = "table_schema = current_schema()"
         tables = connection.exec_driver_sql(
-            f"SELECT table_schema, table_name, table_type FROM {catalogue}.tables"
+            "SELECT table_catalog, table_schema, table_name, table_type"
+            f" FROM {catalogue}.tables"
             f" WHERE {within} AND upper(table_name) = upper(%s)",
             tuple(parts[-2:]),
         )
-        kinds = {(schema, name): kind for schema, name, kind in tables}
+        kinds: dict[tuple[str, ...], str] = {tuple(names): kind for *names, kind in tables}
         found = _choose(parts[-2:], [*kinds])
         if len(found) != 1:
             return _several(parts, found)
-        ((schema, table),) = found
+        ((database, schema, table),) = found
         rows = connection.exec_driver_sql(
             "SELECT column_name, data_type, is_nullable, character_maximum_length,"
             f" numeric_precision, numeric_scale FROM {catalogue}.columns"
@@ -246,15 +246,20 @@ class SnowflakeSink(SqlSink):
             column = _describe(self._spell(name), declared, nullable == "YES", *limits)
             columns[name.lower()] = column
             spelled[name.lower()].append(repr(name))
-        holders = tuple(quoted_name(name, True) for name in (*above, schema))
+        holders = (quoted_name(database, True), quoted_name(schema, True))
         return _Target(
-            parts=(*holders[len(holders) - len(parts) + 1 :], self._spell(table)),
+            parts=(*holders[3 - len(parts) :], self._spell(table)),
             columns=columns,
             # INFORMATION_SCHEMA does not tell which columns have a collation.
             collated=True,
-            view=kinds[schema, table] != "BASE TABLE",
+            view=kinds[found[0]] != "BASE TABLE",
+            noted=f"{database}.{schema}.{table}",
             ambiguous={n: " and ".join(each) for n, each in spelled.items() if len(each) > 1},
         )
+
+    def noted_name(self, target: Target) -> str:
+        """The ledger is one for all schemas and databases, which may have tables of one name."""
+        return target.noted if isinstance(target, _Target) else super().noted_name(target)
 
     def list_tables(self, connection: sa.Connection) -> Sequence[str]:
         """Those of the URL's schema."""
@@ -364,8 +369,16 @@ class SnowflakeSink(SqlSink):
         return self._engine.dialect.normalize_name(name)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Target(Target):
-    """A table whose schema is named exactly, whatever its case."""
+    """
+    A table whose schema is named exactly, whatever its case.
+
+    Args:
+        noted: Its name with schema and database, however it was asked for.
+    """
+
+    noted: str
 
     def clause(self) -> sa.TableClause:
         names: list[sa.ColumnClause[Any]] = [sa.column(c.name) for c in self.columns.values()]
