@@ -938,6 +938,24 @@ def test_a_ledger_with_lines_twice_does_no_harm(database: Database, opened: Open
     assert (again.rows_matched, again.rows_changed) == (2, 0)
 
 
+def test_a_ledger_that_is_there_needs_no_privilege(database: Database, opened: Opened) -> None:
+    """Once somebody has made the ledger, a role that may not create tables gets on with it."""
+    database.write("events", [row("m1", "a1", 1), row("m2", "a2", 1)])
+    first = update(1, {"user_id": "u1"}, device("a1"))
+    refusing = {"begins": "CREATE TABLE", "code": "003001", "sqlstate": "42501", "times": 9}
+    database.server.fail(refusing)
+    with pytest.raises(SinkReadOnlyError, match="GRANT CREATE TABLE"):
+        apply(opened(), first)
+    database.server.fail()
+    apply(opened(), first)
+    database.server.fail(refusing)
+
+    applied = apply(opened(), update(2, {"user_id": "u2"}, device("a2")))
+
+    assert applied.rows_changed == 1
+    assert database.column("user_id") == {"m1": "u1", "m2": "u2"}
+
+
 def test_the_ledger_knows_tables_of_one_name_apart(database: Database, opened: Opened) -> None:
     """A later update of another schema's table takes nothing; one that spells more does."""
     database.run("CREATE SCHEMA other")

@@ -36,6 +36,7 @@ from recognition.errors import (
 )
 from recognition.planner import Bound
 from recognition.sinks.sql import (
+    LEDGER,
     Column,
     Interval,
     SqlSink,
@@ -260,6 +261,17 @@ class SnowflakeSink(SqlSink):
     def noted_name(self, target: Target) -> str:
         """The ledger is one for all schemas and databases, which may have tables of one name."""
         return target.noted if isinstance(target, _Target) else super().noted_name(target)
+
+    def create_ledger(self, transaction: Transaction) -> None:
+        """IF NOT EXISTS alone would ask for the privilege even where there is one."""
+        transaction.statements += 1
+        found = transaction.connection.exec_driver_sql(
+            "SELECT table_name FROM information_schema.tables"
+            " WHERE table_schema = current_schema() AND table_name = %s",
+            (LEDGER.name.upper(),),
+        )
+        if found.first() is None:
+            super().create_ledger(transaction)
 
     def list_tables(self, connection: sa.Connection) -> Sequence[str]:
         """Those of the URL's schema."""
