@@ -19,7 +19,7 @@ PYTEST_ARGS ?= -n 2
 demo: $(VENV)/base.stamp
 	$(BIN)/recognition demo
 
-test: $(VENV)/dev.stamp
+test: $(VENV)/dev.stamp $(VENV)/fakesnow.stamp
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/dev.stamp
@@ -44,5 +44,11 @@ $(VENV)/base.stamp: pyproject.toml constraints.txt
 # pip knows dependency groups (PEP 735) since 25.1.
 $(VENV)/dev.stamp: $(VENV)/base.stamp
 	$(PIP) install 'pip>=25.1'
-	$(PIP) install --constraint constraints.txt --editable '.[cli,duckdb,mongo]' --group dev
+	$(PIP) install --constraint constraints.txt --editable '.[cli,duckdb,mongo,snowflake]' --group dev
+	@touch $@
+
+# A server for the tests of Snowflake's sink, apart because it needs an older connector.
+$(VENV)/fakesnow.stamp: tests/fakesnow_requirements.txt | $(VENV)/base.stamp
+	$(PYTHON) -m venv --clear $(VENV)/fakesnow
+	$(VENV)/fakesnow/bin/python -m pip -qq --disable-pip-version-check install --requirement $<
 	@touch $@

@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
-_ENGINES = ("pydantic", "sqlalchemy", "duckdb", "pyarrow", "pymongo", "hypothesis")
+_ENGINES = (
+    "pydantic",
+    "sqlalchemy",
+    "duckdb",
+    "pyarrow",
+    "pymongo",
+    "snowflake-sqlalchemy",
+    "hypothesis",
+)
 
 
 def pytest_report_header() -> str:

@@ -29,6 +29,7 @@ _GROUP = "recognition.sinks"
 # Also registered as entry points; named here so that a source tree that is not installed works.
 _BUILT_IN = {
     "duckdb": "recognition.sinks.duckdb:DuckdbSink",
+    "snowflake": "recognition.sinks.snowflake:SnowflakeSink",
     "sqlite": "recognition.sinks.sqlite:SqliteSink",
 }
 

@@ -314,7 +314,7 @@ class SqlSink(ABC):
     ledger_first: ClassVar[bool] = False
 
     #: The one statement is a `Merge`, because there is no UPDATE with a FROM, or on request.
-    merges: ClassVar[bool] = False
+    merges: bool = False
 
     #: A step of up to so many rows is a part of its own statements (see `inline`), so that no stage
     #: is made, filled and dropped: that saves round trips where there are such.
