@@ -13,6 +13,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    import mariadb as mariadb_server
     from mongod import GivenServer
 
 # The same examples in every run, so that a change is judged by its own tests. To look for more:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
-_ENGINES = ("pydantic", "sqlalchemy", "duckdb", "pyarrow", "pymongo", "hypothesis")
+_ENGINES = ("pydantic", "sqlalchemy", "duckdb", "pyarrow", "pymongo", "pymysql", "hypothesis")
 
 
 def pytest_report_header() -> str:
@@ -37,6 +38,12 @@ def pytest_report_header() -> str:
         pass
     else:
         found.append(describe())
+    try:
+        from mariadb import describe as describe_mariadb
+    except ImportError:  # no pymysql, or no pymongo
+        pass
+    else:
+        found.append(describe_mariadb())
     return f"engines: {', '.join(found)}"
 
 
@@ -46,6 +53,21 @@ def mongodb() -> GivenServer:
     from graphs import mongodb_server
 
     return mongodb_server()
+
+
+@pytest.fixture(scope="session")
+def mariadb() -> Iterator[mariadb_server.GivenServer]:
+    """A MariaDB server; started when the first test asks, one for each worker of xdist."""
+    from mariadb import MissingMariadbError, open_server
+
+    try:
+        server = open_server()
+    except MissingMariadbError as error:
+        if os.environ.get("RECOGNITION_REQUIRE_SERVERS") == "1":
+            raise
+        pytest.skip(str(error))
+    with server:
+        yield server
 
 
 def pytest_unconfigure() -> None:
