@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ import sqlglot
 from sqlglot import exp
 
 from mariadb import GivenServer, MissingMariadbError, Server
+from recognition.cli import main
 from recognition.errors import (
     ConfigurationError,
     OutcomeUnknownError,
@@ -1026,6 +1028,75 @@ def test_a_server_that_restarts_is_found_again(opened: Opened) -> None:
 
         assert join().rows_changed == 1
         assert database.column("user_id") == {"m1": "u", "m2": "u"}
+
+
+# Loading ----------------------------------------------------------------------------------------
+
+
+def test_load_makes_a_table_that_compares_exactly(database: Database, opened: Opened) -> None:
+    """Keys that differ in case or blanks are several; what rows are found by has an index."""
+    sink = opened()
+    columns = {"message_id": "text", "anonymous_id": "text", "user_id": "text", "timestamp": "time"}
+    keys = ["M1", "m1", "m1 ", "m\u00e9", "m\U0001f9ea"]
+    rows = [{"message_id": key, "anonymous_id": key, "timestamp": 0} for key in keys]
+    step = plan_updates([update(1, {"user_id": "u"}, device("m1"), between(0, 9))]).steps[0]
+    before = sink.compile(step)
+
+    counts = [sink.load("events", rows, key="message_id", columns=columns) for _ in range(2)]
+    applied = apply(sink, *(update(n, {"user_id": f"u{n}"}, device(k)) for n, k in enumerate(keys)))
+
+    indexes = database.run(
+        "SELECT index_name FROM information_schema.statistics WHERE table_schema = DATABASE()"
+        " AND table_name = 'events' ORDER BY 1"
+    )
+    assert counts == [5, 0]
+    assert applied.rows_changed == 5
+    assert database.column("user_id") == {key: f"u{n}" for n, key in enumerate(keys)}
+    assert [name.lower() for (name,) in indexes] == ["events_anonymous_id", "primary"]
+    assert sink.compile(step) == before
+    assert "CAST" not in before.partition(" WHERE ")[2].partition(" AND ")[0]
+
+
+def test_missing_columns_are_added_on_request(database: Database, opened: Opened) -> None:
+    """With `add_missing_columns` a column is added with the type of what is set."""
+    database.write("events", [row("m1", "a1", 1)])
+    values = {"plan": "pro", "seats": 3, "score": 0.5, "paid": True}
+
+    applied = apply(opened(add_missing_columns=True), update(1, values, device("a1")))
+
+    assert applied.rejected == ()
+    assert database.run("SELECT plan, seats, score, paid FROM events") == [("pro", 3, 0.5, 1)]
+
+
+def test_the_command_line_loads_and_applies(database: Database, tmp_path: Path) -> None:
+    """`recognition run --load` on MariaDB: the earlier rows of a visitor get the user."""
+    events = [
+        {
+            "messageId": "m1",
+            "type": "page",
+            "anonymousId": "a1",
+            "timestamp": "2026-01-01T10:00:00Z",
+        },
+        {
+            "messageId": "m2",
+            "type": "identify",
+            "anonymousId": "a1",
+            "userId": "u1",
+            "traits": {"email": "a@example.com"},
+            "timestamp": "2026-01-01T10:05:00Z",
+        },
+    ]
+    file = tmp_path / "events.ndjson"
+    file.write_text("".join(json.dumps(event) + "\n" for event in events))
+    graph = f"sqlite:///{tmp_path}/graph.db"
+
+    codes = [
+        main(["run", str(file), "--graph", graph, "--sink", database.url, "--load"])
+        for _ in range(2)
+    ]
+
+    assert codes == [0, 0]
+    assert database.column("user_id") == {"m1": "u1", "m2": "u1"}
 
 
 # Statements -------------------------------------------------------------------------------------
