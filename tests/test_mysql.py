@@ -30,7 +30,7 @@ from recognition.errors import (
 from recognition.messages import Between, Empty, Equals, Messages
 from recognition.planner import plan_updates
 from recognition.sinks import Applied, Sink, open_sink
-from recognition.sinks.mysql import MysqlSink
+from recognition.sinks.mysql import _CODECS, MysqlSink, _Column, _measure
 from recognition.testing import SinkTests
 from recognition.testing.sinks import HOSTILE_VALUES, at, between, device, row, unknown, update
 
@@ -486,6 +486,22 @@ def test_what_a_column_holds_is_written(
     assert first.rejected == ()
     assert (first.rows_changed, again.rows_changed, again.rows_matched) == (1, 0, 1)
     assert database.run(f"SELECT CAST({shown} AS CHAR) FROM events") == [(expected,)]
+
+
+@pytest.mark.parametrize("charset", _CODECS)
+def test_what_fits_a_character_set_is_held(database: Database, charset: str) -> None:
+    """The server takes, and gives back, each character of a set that the sink would send."""
+    wide = [chr(n) for n in [*range(1, 0x800), *range(0x2000, 0x2200), 0xFFFD, 0x1F9EA]]
+    column = _Column(name="x", declared="", kind="text", charset=charset)
+    fitting = [character for character in wide if _measure(column, character) is not None]
+    database.run(f"CREATE TABLE held (n INT, x VARCHAR(1) CHARACTER SET {charset})")
+    with database.server.connect(database.name) as connection, connection.cursor() as cursor:
+        cursor.executemany("INSERT INTO held VALUES (%s, %s)", list(enumerate(fitting)))
+
+    found = dict(database.run("SELECT n, x FROM held"))
+
+    assert len(fitting) > 127
+    assert found == dict(enumerate(fitting))
 
 
 @pytest.mark.parametrize(

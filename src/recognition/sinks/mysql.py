@@ -66,7 +66,8 @@ _BITS = {"tinyint": 8, "smallint": 16, "mediumint": 24, "int": 32, "bigint": 64}
 _FLOATS = {"float": 3.4028234663852886e38, "double": sys.float_info.max}
 _TEXTS = {"char", "varchar", "tinytext", "text", "mediumtext", "longtext"}
 
-# How Python writes the character sets. Of any other only ASCII is known to arrive unchanged.
+# How Python writes the character sets, where both agree on every character; of greek, hebrew, cp1256
+# and koi8u they do not. Of any other set only ASCII is known to arrive unchanged.
 _CODECS = {
     "utf8mb4": "utf-8",
     "utf8mb3": "utf-8",
@@ -78,14 +79,10 @@ _CODECS = {
     "latin2": "iso8859-2",
     "latin5": "iso8859-9",
     "latin7": "iso8859-13",
-    "greek": "iso8859-7",
-    "hebrew": "iso8859-8",
     "cp1250": "cp1250",
     "cp1251": "cp1251",
-    "cp1256": "cp1256",
     "cp1257": "cp1257",
     "koi8r": "koi8-r",
-    "koi8u": "koi8-u",
 }
 _BASIC_PLANE = {"utf8mb3", "utf8", "ucs2"}  # no character beyond U+FFFF
 
