@@ -66,8 +66,8 @@ _BITS = {"tinyint": 8, "smallint": 16, "mediumint": 24, "int": 32, "bigint": 64}
 _FLOATS = {"float": 3.4028234663852886e38, "double": sys.float_info.max}
 _TEXTS = {"char", "varchar", "tinytext", "text", "mediumtext", "longtext"}
 
-# How Python writes the character sets, where both agree on every character; of greek, hebrew, cp1256
-# and koi8u they do not. Of any other set only ASCII is known to arrive unchanged.
+# How Python writes the character sets, where both agree on every character; of greek, hebrew,
+# cp1256 and koi8u they do not. Of any other set only ASCII is known to arrive unchanged.
 _CODECS = {
     "utf8mb4": "utf-8",
     "utf8mb3": "utf-8",
