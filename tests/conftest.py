@@ -13,6 +13,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    import mariadb as mariadb_server
     from mongod import GivenServer
 
 # The same examples in every run, so that a change is judged by its own tests. To look for more:
@@ -26,6 +27,7 @@ _ENGINES = (
     "duckdb",
     "pyarrow",
     "pymongo",
+    "pymysql",
     "snowflake-sqlalchemy",
     "hypothesis",
 )
@@ -45,6 +47,12 @@ def pytest_report_header() -> str:
         pass
     else:
         found.append(describe())
+    try:
+        from mariadb import describe as describe_mariadb
+    except ImportError:  # no pymysql, or no pymongo
+        pass
+    else:
+        found.append(describe_mariadb())
     return f"engines: {', '.join(found)}"
 
 
@@ -54,6 +62,21 @@ def mongodb() -> GivenServer:
     from graphs import mongodb_server
 
     return mongodb_server()
+
+
+@pytest.fixture(scope="session")
+def mariadb() -> Iterator[mariadb_server.GivenServer]:
+    """A MariaDB server; started when the first test asks, one for each worker of xdist."""
+    from mariadb import MissingMariadbError, open_server
+
+    try:
+        server = open_server()
+    except MissingMariadbError as error:
+        if os.environ.get("RECOGNITION_REQUIRE_SERVERS") == "1":
+            raise
+        pytest.skip(str(error))
+    with server:
+        yield server
 
 
 def pytest_unconfigure() -> None:

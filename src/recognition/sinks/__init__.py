@@ -30,6 +30,8 @@ _GROUP = "recognition.sinks"
 _BUILT_IN = {
     "duckdb": "recognition.sinks.duckdb:DuckdbSink",
     "snowflake": "recognition.sinks.snowflake:SnowflakeSink",
+    "mariadb": "recognition.sinks.mysql:MysqlSink",
+    "mysql": "recognition.sinks.mysql:MysqlSink",
     "sqlite": "recognition.sinks.sqlite:SqliteSink",
 }
 

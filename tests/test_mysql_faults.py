@@ -1,0 +1,272 @@
+"""
+Several processes and a MariaDB at once, and what is left when some of them are killed.
+
+``RECOGNITION_SINK_RACE_RUNS`` and ``RECOGNITION_SINK_FAULT_POINTS`` say how often; by default a few
+times.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from random import Random
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from applying import Worker
+from mariadb import GivenServer
+from recognition.errors import OutcomeUnknownError, SinkUnavailableError
+from recognition.planner import plan_updates
+from recognition.sinks import open_sink
+from recognition.sinks.mysql import MysqlSink
+from recognition.testing.sinks import between, device, row, unknown, update
+from test_mysql import Database, _await_gone
+
+RUNS = int(os.environ.get("RECOGNITION_SINK_RACE_RUNS", "4"))
+POINTS = int(os.environ.get("RECOGNITION_SINK_FAULT_POINTS", "8"))
+
+DEVICES = 30
+TIMES = 20
+
+# Each row is a transaction of its own, as a pipeline's would be.
+_INSERTER = """
+import json, sys, pymysql
+connection = pymysql.connect(**json.loads(sys.argv[1]), autocommit=True)
+print("ready", flush=True)
+for line in sys.stdin:
+    statement, rows = json.loads(line)
+    with connection.cursor() as cursor:
+        for row in rows:
+            cursor.execute(statement, row)
+    print(len(rows), flush=True)
+"""
+
+Window = Sequence[Any]
+
+
+def _window(random: Random, table: str, versioned: bool, size: int = 120) -> list[Any]:
+    """Many updates of few devices, whose intervals overlap."""
+    window = []
+    for sequence in range(1, size + 1):
+        start = random.randrange(TIMES)
+        span = between(start, start + random.randint(1, TIMES))
+        values = {"user_id" if versioned else "stitched_user_id": f"u{sequence}"}
+        criteria = [device(f"a{random.randrange(DEVICES)}"), span]
+        criteria += [unknown()] if versioned else []
+        window.append(update(sequence, values, *criteria, table=table, versioned=versioned))
+    return window
+
+
+def _rows(table: str) -> list[Mapping[str, object]]:
+    return [row(f"{n}-{t}", f"a{n}", t) for n in range(DEVICES) for t in range(TIMES)]
+
+
+def _expected(window: Window) -> dict[object, object]:
+    """By row, what the greatest sequence says that meets it."""
+    expected: dict[object, object] = {}
+    for each in _rows(""):
+        meeting = [
+            u
+            for u in window
+            if u.where[0].value == each["anonymous_id"]
+            and u.where[1].start <= each["timestamp"] < u.where[1].end
+        ]
+        last = max(meeting, key=lambda u: u.sequence, default=None)
+        owner = None if last is None else next(v for k, v in last.set.items() if "user_id" in k)
+        expected[each["message_id"]] = owner
+    return expected
+
+
+def _plans(random: Random, window: Window) -> list[list[Any]]:
+    """The window in any order, in plans of any size."""
+    shuffled = random.sample(window, len(window))
+    plans = []
+    while shuffled:
+        size = random.randint(1, 40)
+        plans.append(shuffled[:size])
+        shuffled = shuffled[size:]
+    return plans
+
+
+def _make_table(database: Database, table: str, rows: Sequence[Mapping[str, object]]) -> None:
+    types = {
+        "text": "VARCHAR(64)",
+        "time": "DATETIME(6)",
+        "integer": "BIGINT",
+        "float": "DOUBLE",
+        "boolean": "BOOLEAN",
+    }
+    database.write(table, rows, types=types)
+    database.run(f"ALTER TABLE {table} ADD INDEX (anonymous_id)")
+
+
+@contextmanager
+def _inserter(database: Database) -> Iterator[subprocess.Popen[str]]:
+    server = database.server
+    options = {
+        "host": server.host,
+        "port": server.port,
+        "user": server.user,
+        "password": server.password,
+        "database": database.name,
+    }
+    with subprocess.Popen(
+        [sys.executable, "-c", _INSERTER, json.dumps(options)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(timeout=30) == 0
+
+
+@pytest.fixture
+def database(mariadb: GivenServer) -> Iterator[Database]:
+    """An empty database."""
+    with mariadb.database("CHARACTER SET utf8mb4") as name:
+        yield Database(mariadb, name)
+
+
+def _deadlocks(database: Database) -> int:
+    ((_, count),) = database.run("SHOW GLOBAL STATUS LIKE 'Innodb_deadlocks'")
+    return int(count)
+
+
+@pytest.mark.timeout(120 + 10 * RUNS)
+def test_processes_with_overlapping_windows_and_a_pipeline_that_inserts(
+    database: Database,
+) -> None:
+    """Two sinks and an inserting process at once: no deadlock, no lost update, in every run."""
+    before = _deadlocks(database)
+    with ExitStack() as open_things:
+        workers = [open_things.enter_context(Worker(database.url)) for _ in range(2)]
+        inserter = open_things.enter_context(_inserter(database))
+        assert inserter.stdin is not None
+        assert inserter.stdout is not None
+        for run in range(RUNS):
+            random = Random(run)
+            table = f"events_{run}"
+            versioned = run % 2 == 1
+            column = "user_id" if versioned else "stitched_user_id"
+            window = _window(random, table, versioned)
+            rows = _rows(table)
+            random.shuffle(rows)
+            there, later = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+            _make_table(database, table, there)
+            insert = (
+                f"INSERT INTO {table} (message_id, anonymous_id, timestamp) VALUES (%s, %s, %s)"
+            )
+            lines = [
+                [r["message_id"], r["anonymous_id"], f"{r['timestamp']:%Y-%m-%d %H:%M:%S}"]
+                for r in later
+            ]
+
+            for worker in workers:  # all of the window, and half of it twice
+                worker.begin(_plans(random, window))
+            inserter.stdin.write(json.dumps([insert, lines]) + "\n")
+            inserter.stdin.flush()
+            for worker in workers:
+                worker.end()
+            assert int(inserter.stdout.readline()) == len(later)
+
+            expected = _expected(window)
+            found = database.column(column, table)
+            missed = {r["message_id"] for r in later}
+            assert len(found) == len(expected)
+            assert {k: v for k, v in found.items() if k not in missed} == {
+                k: v for k, v in expected.items() if k not in missed
+            }, f"run {run}"
+            # What was inserted meanwhile is met when the window is applied again.
+            workers[run % 2].begin([window])
+            workers[run % 2].end()
+            assert database.column(column, table) == expected, f"run {run}"
+    assert _deadlocks(database) == before
+
+
+@pytest.mark.timeout(120 + 5 * POINTS)
+def test_a_client_that_is_killed_at_any_point(database: Database) -> None:
+    """SIGKILL at random points, then the same window by another process: rows as if undisturbed."""
+    random = Random(1)
+    survived = 0
+    for point in range(POINTS):
+        table = f"events_{point}"
+        versioned = point % 2 == 1
+        window = _window(random, table, versioned)
+        plans = _plans(random, window)
+        _make_table(database, table, _rows(table))
+        with Worker(database.url) as worker:
+            worker.begin(plans)
+            ended = threading.Thread(target=worker.process.stdout.readline)  # type: ignore[union-attr]
+            ended.start()
+            ended.join(random.random() * 0.15 * len(plans))
+            survived += not ended.is_alive()
+            worker.kill()
+            ended.join(30)
+
+        with Worker(database.url) as worker:
+            worker.begin(plans)
+            worker.end()
+
+        column = "user_id" if versioned else "stitched_user_id"
+        assert database.column(column, table) == _expected(window), f"point {point}"
+    assert survived < POINTS
+
+
+@pytest.mark.timeout(120 + 5 * POINTS)
+def test_a_connection_that_is_cut_at_any_point(database: Database) -> None:
+    """KILL CONNECTION before or after any statement or at the commit: rows as if undisturbed."""
+    random = Random(2)
+    cut: list[str] = []
+    with closing(open_sink(database.url, timeout=60)) as sink:
+        assert isinstance(sink, MysqlSink)
+        left: dict[str, int] = {}
+
+        def strike(connection: sa.Connection, where: str) -> None:
+            """Count down to the point, then have the server end this session."""
+            left["statements"] = left.get("statements", 0) - 1
+            if left["statements"] == 0:
+                thread = connection.connection.dbapi_connection.thread_id()  # type: ignore[union-attr]
+                database.run(f"KILL CONNECTION {thread}")
+                _await_gone(database, thread)
+                cut.append(where)
+
+        @sa.event.listens_for(sink._engine, "before_cursor_execute")
+        def before(connection: sa.Connection, _: Any, statement: str, *rest: Any) -> None:
+            strike(connection, f"before {statement[:6]}")
+
+        @sa.event.listens_for(sink._engine, "after_cursor_execute")
+        def after(connection: sa.Connection, _: Any, statement: str, *rest: Any) -> None:
+            strike(connection, f"after {statement[:6]}")
+
+        @sa.event.listens_for(sink._engine, "commit")
+        def commit(connection: sa.Connection) -> None:
+            strike(connection, "commit")
+
+        for point in range(POINTS):
+            table = f"events_{point}"
+            versioned = point % 2 == 1
+            window = _window(random, table, versioned, size=40)
+            _make_table(database, table, _rows(table))
+            left["statements"] = random.randint(1, 16 if versioned else 28)
+            while True:
+                try:
+                    applied = sink.apply(plan_updates(window))
+                except (SinkUnavailableError, OutcomeUnknownError):
+                    continue
+                break
+
+            assert applied.rejected == ()
+            column = "user_id" if versioned else "stitched_user_id"
+            assert database.column(column, table) == _expected(window), f"point {point}"
+    assert len(cut) > POINTS // 2
