@@ -13,6 +13,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    import postgres as postgres_server
     from mongod import GivenServer
 
 # The same examples in every run, so that a change is judged by its own tests. To look for more:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
-_ENGINES = ("pydantic", "sqlalchemy", "duckdb", "pyarrow", "pymongo", "hypothesis")
+_ENGINES = ("pydantic", "sqlalchemy", "duckdb", "pyarrow", "pymongo", "psycopg", "hypothesis")
 
 
 def pytest_report_header() -> str:
@@ -37,6 +38,12 @@ def pytest_report_header() -> str:
         pass
     else:
         found.append(describe())
+    try:
+        from postgres import describe as describe_postgres
+    except ImportError:  # no psycopg, or no pymongo
+        pass
+    else:
+        found.append(describe_postgres())
     return f"engines: {', '.join(found)}"
 
 
@@ -46,6 +53,21 @@ def mongodb() -> GivenServer:
     from graphs import mongodb_server
 
     return mongodb_server()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[postgres_server.GivenServer]:
+    """A PostgreSQL server; started when the first test asks, one for each worker of xdist."""
+    from postgres import MissingPostgresError, open_server
+
+    try:
+        server = open_server()
+    except MissingPostgresError as error:
+        if os.environ.get("RECOGNITION_REQUIRE_SERVERS") == "1":
+            raise
+        pytest.skip(str(error))
+    with server:
+        yield server
 
 
 def pytest_unconfigure() -> None:

@@ -585,17 +585,17 @@ def _starter(pid: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix=f"starts-mongod-{pid}")
 
 
-def _make_folder(parent: Path) -> tuple[Path, IO[bytes]]:
+def _make_folder(parent: Path, prefix: str = _PREFIX) -> tuple[Path, IO[bytes]]:
     """
     A new folder, and its lock, which the kernel lets go when this process dies in whatever way.
 
     First it removes the folders of those that died: a member's journal alone is 300 MB.
     """
-    for left in parent.glob(f"{_PREFIX}*"):
+    for left in parent.glob(f"{prefix}*"):
         with contextlib.suppress(OSError), (left / "lock").open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     held = (folder / "new").open("wb")
     fcntl.flock(held, fcntl.LOCK_EX)
     (folder / "new").rename(folder / "lock")  # never seen unlocked while we live

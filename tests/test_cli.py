@@ -478,7 +478,7 @@ def test_config_shows_the_settings_in_force_without_passwords(cli_: Cli) -> None
     [
         (
             ("run", "e.ndjson", "--sink", "nosuch://ann:hunter2@host/db"),
-            "installed: duckdb, sqlite",
+            "installed: duckdb, ",
         ),
         (("run", "e.ndjson", "--sink", "//ann:hunter2@host"), "scheme"),
         (("run", "e.ndjson", "--graph", "nosuch://ann:hunter2@host/db"), "memory, mongodb, sqlite"),

@@ -29,6 +29,8 @@ _GROUP = "recognition.sinks"
 # Also registered as entry points; named here so that a source tree that is not installed works.
 _BUILT_IN = {
     "duckdb": "recognition.sinks.duckdb:DuckdbSink",
+    "postgres": "recognition.sinks.postgresql:PostgresqlSink",
+    "postgresql": "recognition.sinks.postgresql:PostgresqlSink",
     "sqlite": "recognition.sinks.sqlite:SqliteSink",
 }
 
