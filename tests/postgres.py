@@ -14,11 +14,14 @@ import contextlib
 import os
 import re
 import secrets
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -148,7 +151,7 @@ class GivenServer:
                 "autocommit": True,
                 "connect_timeout": 10,
                 "client_encoding": "utf8",
-                "options": "-c TimeZone=UTC",
+                "options": "-c TimeZone=UTC -c DateStyle=ISO",
                 "application_name": "recognition-test",
                 **options,
             }
@@ -371,7 +374,7 @@ class Server(GivenServer):
             gone = self.process.poll() is not None
             with contextlib.suppress(OSError):
                 lines = status.read_text().split("\n")
-                if lines[0] == str(self.process.pid) and lines[7].strip() == "ready":
+                if lines[0] == str(self.process.pid) and "ready" in map(str.strip, lines[7:]):
                     return True
             if gone or time.monotonic() > end:
                 with (self.folder / "output.log").open("rb") as file:
@@ -382,6 +385,77 @@ class Server(GivenServer):
                 why = f"it ended with code {self.process.returncode}" if gone else "60 seconds"
                 raise PostgresError(f"postgres did not come up ({why}); its log:\n{self.tail}")
             time.sleep(_POLL)
+
+
+class Proxy:
+    """
+    Stands between a client and a server on loopback, and cuts the connection where it is told to.
+
+    A context manager. It reads nothing but the bytes that a client sends, without TLS.
+    """
+
+    def __init__(self, server: GivenServer) -> None:
+        self._target = (server.host, server.port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self.cuts = 0
+        self._cut: tuple[bytes, bool] | None = None
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
+
+    def cut_at(self, text: bytes, *, answered: bool) -> None:
+        """
+        Cut the next connection whose client sends this text.
+
+        Args:
+            answered: The server gets it and answers; only the answer is lost.
+        """
+        with self._lock:
+            self._cut = (text, answered)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:  # closed
+                return
+            server = socket.create_connection(self._target)
+            threading.Thread(target=self._pump, args=(client, server), daemon=True).start()
+
+    def _pump(self, client: socket.socket, server: socket.socket) -> None:
+        with client, server, contextlib.suppress(OSError):
+            while True:
+                for ready in select.select([client, server], [], [])[0]:
+                    data = ready.recv(65_536)
+                    if not data:
+                        return
+                    answered = self._strikes(data) if ready is client else None
+                    if answered is False:
+                        return
+                    (server if ready is client else client).sendall(data)
+                    if answered:
+                        server.recv(65_536)
+                        return
+
+    def _strikes(self, data: bytes) -> bool | None:
+        with self._lock:
+            if self._cut is None or self._cut[0] not in data:
+                return None
+            answered = self._cut[1]
+            self._cut = None
+            self.cuts += 1
+            return answered
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        # shutdown wakes the thread that waits in accept; close alone does not.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join(30)
 
 
 def _somebody() -> tuple[int, int] | None:

@@ -18,10 +18,7 @@ from __future__ import annotations
 
 import math
 import re
-import selectors
 import sys
-import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -33,10 +30,10 @@ from uuid import UUID
 
 import psycopg
 import sqlalchemy as sa
-from psycopg import pq, sql
-from psycopg.conninfo import make_conninfo
+from psycopg import sql
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.engine import make_url
+from sqlalchemy.schema import CreateTable
 
 from recognition.errors import (
     ConfigurationError,
@@ -98,6 +95,17 @@ _RETRIED = {"40001", "40P01"}
 _MADE_TWICE = {"42P07", "42701", "42710"}  # by two sessions at the same moment
 _GONE = {"42P01", "42703", "3F000", "3D000"}
 _REFUSED = ("22", "23", "27", "44", "54", "P0")  # classes: values, constraints, triggers, limits
+
+# What a server says to those whom it does not let in, in PostgreSQL's own words: src/backend/libpq,
+# src/backend/utils/init/postinit.c, src/backend/tcop/backend_startup.c. By SQLSTATE.
+_REFUSALS = {
+    "28P01": r"password authentication failed|no password supplied",
+    "28000": r"pg_hba\.conf|role .* does not exist|not permitted to log in|authentication failed",
+    "3D000": r"database .* does not exist",
+    "42501": r"permission denied for database",
+    "53300": r"too many (clients|connections)|connection slots",
+    "57P03": r"the database system is",
+}
 
 _TABLE = """
 SELECT c.oid, n.nspname, c.relname, c.relkind
@@ -194,7 +202,7 @@ class PostgresqlSink(SqlSink):
         try:
             # The name that libpq knows too; SQLAlchemy has dropped it.
             parsed = make_url(re.sub(r"\Apostgres(?=[+:])", "postgresql", url))
-        except sa.exc.ArgumentError:
+        except (sa.exc.ArgumentError, ValueError):
             parsed = None
         if parsed is None or parsed.drivername not in ("postgresql", "postgresql+psycopg"):
             raise ConfigurationError(
@@ -214,6 +222,7 @@ class PostgresqlSink(SqlSink):
             hide_parameters=True,
             pool_pre_ping=True,
             isolation_level="READ COMMITTED",  # each statement sees what others have committed
+            execution_options={"preserve_rowcount": True},  # of an INSERT too
             connect_args={k: v for k, v in options.items() if k not in parsed.query},
         )
         sa.event.listen(engine, "do_connect", _connect)
@@ -231,7 +240,10 @@ class PostgresqlSink(SqlSink):
         """Make what is left of a transaction that depends on no default of the server's."""
         milliseconds = max(1, round(self._timeout * 1_000))  # 0 would be for ever
         connection.exec_driver_sql(
-            "SELECT set_config('TimeZone', 'UTC', true), set_config('lock_timeout', %s, true)",
+            "SELECT set_config('lock_timeout', %s, true), set_config('TimeZone', 'UTC', true),"
+            # How the ledger's texts of keys that are times or floats are written.
+            " set_config('DateStyle', 'ISO, YMD', true),"
+            " set_config('extra_float_digits', '1', true)",
             (str(milliseconds),),
         )
 
@@ -424,7 +436,11 @@ class PostgresqlSink(SqlSink):
                     f"written; run: GRANT CREATE ON SCHEMA {self._quote(schema or 'public')} "
                     "TO <role>"
                 )
-            super().create_ledger(transaction)
+            transaction.execute(CreateTable(LEDGER, if_not_exists=True))
+            for name, by in (("key", "hash (key_value)"), ("age", "brin (applied_at)")):
+                transaction.execute_text(
+                    f"CREATE INDEX IF NOT EXISTS {LEDGER.name}_{name} ON {LEDGER.name} USING {by}"
+                )
             return
         missing = [name for name, has in zip(_NEEDED, granted, strict=True) if not has]
         if missing:
@@ -538,7 +554,7 @@ class PostgresqlSink(SqlSink):
             )
         if state[:2] == "08" or (not state and isinstance(error, psycopg.OperationalError)):
             return SinkUnavailableError(
-                f"the server cannot be reached, or went away{f' ({state})' if state else ''}; "
+                f"the server cannot be reached, went away or refused ({state or 'no code'}); "
                 "nothing was written, a retry may help"
             )
         if state[:2] == "53":
@@ -666,49 +682,30 @@ def _is_in_catalogue(error: BaseException | None) -> bool:
 
 
 def _connect(_: object, __: object, arguments: Any, options: Any) -> Any:
-    """Connect; where the server refuses, the error tells its SQLSTATE."""
+    """Connect; where the server refuses, the error has a SQLSTATE."""
     try:
         return psycopg.connect(*arguments, **options)
+    except psycopg.ProgrammingError as exc:
+        raise ConfigurationError(
+            "the URL has an option that libpq does not know; it knows those of "
+            "https://www.postgresql.org/docs/current/libpq-connect.html"
+        ) from exc
     except psycopg.OperationalError as exc:
-        state = None if exc.sqlstate else _ask_why(options)
+        state = exc.sqlstate or _read_refusal(exc)
         if state is None:
             raise
-        try:
-            error = psycopg.errors.lookup(state)
-        except KeyError:
-            raise exc from None
-        raise error("the server refused the connection") from exc
+        raise psycopg.errors.lookup(state)("the server refused the connection") from exc
 
 
-def _ask_why(options: Mapping[str, Any]) -> str | None:
+def _read_refusal(error: psycopg.OperationalError) -> str | None:
     """
-    Connect once more, and give the SQLSTATE with which the server refuses.
+    The SQLSTATE of an error at connecting, of which libpq keeps the text alone.
 
-    libpq keeps only the text of such an error, which is in the server's language; the code is in
-    what it traces: https://www.postgresql.org/docs/current/libpq-control.html
+    A server that speaks another language than English is understood as far as libpq knows itself
+    that a password was missing.
     """
-    known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
-    given = {k: v for k, v in options.items() if k in known}
-    end = time.monotonic() + int(given.get("connect_timeout", 10))
-    connection = pq.PGconn.connect_start(make_conninfo("", **given).encode())
-    with tempfile.TemporaryFile() as traced:
-        try:
-            connection.trace(traced.fileno())
-            while (wanted := connection.connect_poll()) in (
-                pq.PollingStatus.READING,
-                pq.PollingStatus.WRITING,
-            ):
-                with selectors.DefaultSelector() as selector:
-                    reads = wanted == pq.PollingStatus.READING
-                    selector.register(
-                        connection.socket, selectors.EVENT_READ if reads else selectors.EVENT_WRITE
-                    )
-                    if not selector.select(max(0.0, end - time.monotonic())):
-                        return None
-        except (psycopg.Error, NotImplementedError):
-            return None
-        finally:
-            connection.finish()
-        traced.seek(0)
-        found = re.findall(rb'ErrorResponse.*? C "([0-9A-Z]{5})"', traced.read())
-    return found[-1].decode() if found else None
+    text = str(error)
+    for state, pattern in _REFUSALS.items():
+        if re.search(pattern, text):
+            return state
+    return "28P01" if error.pgconn is not None and error.pgconn.needs_password else None
