@@ -399,7 +399,8 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         self.cuts = 0
-        self._cut: tuple[bytes, bool] | None = None
+        self._cut: tuple[bytes | None, bool] | None = None
+        self._left = 0
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._accept, daemon=True)
         self._thread.start()
@@ -413,6 +414,12 @@ class Proxy:
         """
         with self._lock:
             self._cut = (text, answered)
+
+    def cut_after(self, messages: int, *, answered: bool) -> None:
+        """The same, when clients have sent so many messages, more or less."""
+        with self._lock:
+            self._cut = (None, answered)
+            self._left = messages
 
     def _accept(self) -> None:
         while True:
@@ -440,9 +447,12 @@ class Proxy:
 
     def _strikes(self, data: bytes) -> bool | None:
         with self._lock:
-            if self._cut is None or self._cut[0] not in data:
+            if self._cut is None:
                 return None
-            answered = self._cut[1]
+            text, answered = self._cut
+            self._left -= 1
+            if (self._left > 0) if text is None else (text not in data):
+                return None
             self._cut = None
             self.cuts += 1
             return answered
