@@ -363,14 +363,12 @@ class PostgresqlSink(SqlSink):
             missing = [name for name, has in (("SELECT", reads), ("UPDATE", updates)) if not has]
             target = self._targets[table]
             if missing and not target.view and not cast(_Target, target).foreign:
+                name = ".".join(map(self._quote, target.parts))
                 raise SinkReadOnlyError(
                     f"the role may not {' and '.join(missing)} here; nothing was written; "
-                    f"run: GRANT {', '.join(missing)} ON {self._quote(*target.parts)} TO <role>"
+                    f"run: GRANT {', '.join(missing)} ON {name} TO <role>"
                 )
         return nullcontext()
-
-    def _quote(self, *names: str) -> str:
-        return ".".join(map(self._engine.dialect.identifier_preparer.quote, names))
 
     # The stage ----------------------------------------------------------------------------------
 
