@@ -478,16 +478,19 @@ def _somebody() -> tuple[int, int] | None:
     return nobody.pw_uid, nobody.pw_gid
 
 
-def open_server() -> GivenServer:
+def open_server(**settings: str) -> GivenServer:
     """
     The given server, else a new one.
+
+    Args:
+        settings: For a new one, by name.
 
     Raises:
         PostgresError: There is neither, or the given one does not answer.
     """
     uri = given_uri()
     if uri is None:
-        return Server()
+        return Server(**settings)
     server = GivenServer(uri)
     try:
         _ = server.version

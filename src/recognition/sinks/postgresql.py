@@ -93,6 +93,7 @@ _LOCKS = 0x7265636F
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _RETRIED = {"40001", "40P01"}
 _MADE_TWICE = {"42P07", "42701", "42710"}  # by two sessions at the same moment
+_TIMED_OUT = {"25P03", "25P04"}  # an idle or a long transaction, whose session is ended
 _GONE = {"42P01", "42703", "3F000", "3D000"}
 _REFUSED = ("22", "23", "27", "44", "54", "P0")  # classes: values, constraints, triggers, limits
 
@@ -546,7 +547,7 @@ class PostgresqlSink(SqlSink):
                 "the statement was cancelled, by somebody or by the server's statement_timeout; "
                 "all was rolled back, a retry may help"
             )
-        if state[:3] in ("57P", "25P") and state != "25P02":
+        if state[:3] == "57P" or state in _TIMED_OUT:
             return SinkUnavailableError(
                 f"the server ended the connection ({state}); nothing was written, a retry may help"
             )
