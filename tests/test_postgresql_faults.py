@@ -255,6 +255,7 @@ def test_a_session_that_is_ended_at_any_point(database: Database) -> None:
                 f"CREATE TRIGGER slow AFTER UPDATE ON {table}"
                 " FOR EACH STATEMENT EXECUTE FUNCTION slow()"
             )
+            sink.inline_rows = point // 2 % 2 * 100  # with a stage and without
             left["events"] = random.randint(1, 14 if versioned else 20)
             _apply(sink, window)
             for thread in threads:
@@ -290,6 +291,7 @@ def test_a_network_that_breaks_at_any_point(database: Database) -> None:
                 versioned = point % 2 == 1
                 window = make_window(random, table, versioned, size=40)
                 _make_table(database, table, make_rows())
+                sink.inline_rows = point // 4 % 2 * 100  # with a stage and without
                 if point % 4 < 2:
                     proxy.cut_at(b"COMMIT\0", answered=random.random() < 0.5)
                 else:
