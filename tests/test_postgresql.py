@@ -135,7 +135,6 @@ def refusal(applied: Applied) -> str:
 # The kit ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("both_ways")
 class TestPostgresql(SinkTests):
     """The kit on PostgreSQL."""
 
@@ -151,6 +150,14 @@ class TestPostgresql(SinkTests):
     @pytest.fixture
     def read_rows(self, database: Database) -> Callable[[str], list[dict[str, object]]]:
         return database.read
+
+
+class TestStaged(TestPostgresql):
+    """The kit where small windows are staged as large ones are."""
+
+    @pytest.fixture(autouse=True)
+    def staged(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(PostgresqlSink, "inline_rows", 0)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +179,7 @@ def odd_postgres(postgres: GivenServer) -> Iterator[GivenServer]:
         yield server
 
 
-class TestOddPostgresql(TestPostgresql):
+class TestOddPostgresql(TestStaged):
     """The kit on a server with other defaults, in a database of another encoding's sort order."""
 
     @pytest.fixture
