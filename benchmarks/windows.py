@@ -1,7 +1,8 @@
 """
 One recognition window on a big table: what a plan costs beside the bare statement.
 
-    python benchmarks/windows.py [--rows 2000000] [--visitors 10000] [--rounds 5] [--json]
+    python benchmarks/windows.py [--rows 2000000] [--visitors 1,100,10000] [--rounds 5] [--json]
+        [--engines sqlite,duckdb,postgresql,postgresql-unindexed]
 
 Each of K visitors gets a user and an e-mail address in all of its rows of an interval, in a table
 of N rows with 15 columns. Each line is measured from an equal copy of the file, on a connection
@@ -12,8 +13,8 @@ that is open, commit included:
 ``plan``
     from messages to steps: no database, the same whatever the table
 ``apply``
-    stage, look at the ledger, send the statement, note it in the ledger; the target, at most 1.3
-    times the floor, is that of this line at full size
+    stage, look at the ledger, which is there already, send the statement, note it; the target, at
+    most 1.3 times the floor (PostgreSQL: 1.25), is that of this line at full size
 ``ours``
     both. On a column store the floor rewrites 200,000 rows in about the time in which Python reads
     10,000 messages twice, so that this line shows the language more than the sink
@@ -25,6 +26,10 @@ that is open, commit included:
     one ``UPDATE`` for each of some visitors, in one transaction, scaled up to K
 
 The ratio is the median of the rounds' ratios, because a round's measurements share its noise.
+
+On PostgreSQL, with and without an index on the device, the bytes of write-ahead log are counted
+too, each time right after a checkpoint. Its server is the one of the tests, without ``fsync``:
+what a flush costs is the same for all lines, and would hide what we add.
 """
 
 from __future__ import annotations
@@ -35,9 +40,10 @@ import json
 import platform
 import shutil
 import sqlite3
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import median
@@ -50,10 +56,17 @@ from recognition.messages import Between, Empty, Equals, UpdateByCriteria
 from recognition.planner import Plan, plan_updates
 from recognition.sinks import Applied, open_sink
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from postgres import GivenServer, open_server
+
 START = datetime(2026, 1, 1)
 DAYS = 90
 PER_VISITOR = 20
-TARGET = 1.3
+
+# Neither a checkpoint nor a vacuum of its own comes between.
+SERVER = {"shared_buffers": "1GB", "max_wal_size": "16GB", "checkpoint_timeout": "1d"}
+SERVER |= {"autovacuum": "off", "wal_level": "replica"}
 
 COLUMNS = {
     "message_id": "TEXT PRIMARY KEY",
@@ -88,10 +101,34 @@ ONE = (
 )
 
 
-class Sqlite:
+class _File:
+    """A database that is one file, copied as such."""
+
+    name: str
+    #: The target: how often the floor `apply` may take.
+    target = 1.3
+
+    def url(self, path: Path) -> str:
+        return f"{self.name}:///{path}"
+
+    def copy(self, base: Path, copy: Path) -> None:
+        shutil.copyfile(base, copy)
+
+    def size(self, path: Path) -> int:
+        return path.stat().st_size
+
+    def drop(self, path: Path) -> None:
+        path.unlink()
+
+    def log_position(self) -> int:
+        return 0
+
+
+class Sqlite(_File):
     """The table in SQLite: times as the library's ``load`` stores them, the device indexed."""
 
     name = "sqlite"
+    one = ONE
     version = sqlite3.sqlite_version
     sample = 1_000
 
@@ -119,10 +156,11 @@ class Sqlite:
         return moment.isoformat(sep=" ", timespec="microseconds")
 
 
-class Duckdb:
+class Duckdb(_File):
     """The table in DuckDB: no index but that of the primary key."""
 
     name = "duckdb"
+    one = ONE
     version = duckdb.__version__
     sample = 10
 
@@ -157,7 +195,80 @@ class Duckdb:
         return moment
 
 
-Engine = Sqlite | Duckdb
+class Postgresql:
+    """The table in PostgreSQL; a path is a database, by its name."""
+
+    one = ONE.replace("?", "%s")
+    target = 1.25
+
+    def __init__(self, server: GivenServer, indexed: bool) -> None:
+        self.name = "postgresql" if indexed else "postgresql-unindexed"
+        self.version = server.version
+        self.sample = 1_000 if indexed else 3
+        self._server = server
+        self._indexed = indexed
+
+    def _name(self, path: Path) -> str:
+        return f"bench_{path.name.partition('.')[0]}"
+
+    @contextmanager
+    def connect(self, path: Path) -> Iterator[Any]:
+        with self._server.connect(self._name(path)) as connection:
+            yield connection
+
+    def build(self, path: Path, rows: int) -> None:
+        visitors = rows // PER_VISITOR
+        step = DAYS * 86_400_000_000 // rows
+        self._server.run(f"CREATE DATABASE {self._name(path)}")
+        with self.connect(path) as connection:
+            connection.execute(_create_table())
+            connection.execute(
+                "INSERT INTO events SELECT lpad(to_hex(i), 32, '0'), 'page',"
+                f" 'anon-' || lpad(to_hex((i * 7919) % {visitors}), 12, '0'), NULL,"
+                f" TIMESTAMP '{START}' + i * {step} * INTERVAL '1 microsecond', NULL, NULL,"
+                " 'Product Viewed', 'https://shop.example.com/shoes/trail/' || (i % 1000),"
+                " 'https://search.example.com/?q=' || (i % 100),"
+                " 'Mozilla/5.0 (X11; Linux x86_64; rv:146.0) Gecko/20100101 Firefox/146.0',"
+                " 'DE', (i % 9999) / 100.0, i % 7, NULL"
+                f" FROM generate_series(0::bigint, {rows} - 1) t(i)"
+            )
+            if self._indexed:
+                connection.execute("CREATE INDEX ON events (anonymous_id)")
+            connection.execute("VACUUM (ANALYZE) events")
+
+    def stage(self, connection: Any, rows: Sequence[tuple[Any, ...]]) -> None:
+        connection.execute(STAGE)
+        with connection.cursor().copy("COPY s FROM STDIN") as copy:
+            for row in rows:
+                copy.write_row(row)
+        connection.execute("ANALYZE s")
+
+    def time(self, moment: datetime) -> object:
+        return moment
+
+    def url(self, path: Path) -> str:
+        return self._server.url(self._name(path))
+
+    def copy(self, base: Path, copy: Path) -> None:
+        self.drop(copy)
+        # By its files where there is the choice, since 15: not through the log.
+        by = " STRATEGY file_copy" if int(self.version.partition(".")[0]) >= 15 else ""
+        self._server.run(f"CREATE DATABASE {self._name(copy)} TEMPLATE {self._name(base)}{by}")
+        self._server.run("CHECKPOINT")
+
+    def size(self, path: Path) -> int:
+        ((size,),) = self._server.run("SELECT pg_database_size(%s)", (self._name(path),))
+        return int(size)
+
+    def drop(self, path: Path) -> None:
+        self._server.run(f"DROP DATABASE IF EXISTS {self._name(path)} WITH (FORCE)")
+
+    def log_position(self) -> int:
+        ((position,),) = self._server.run("SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn")
+        return int(position)
+
+
+Engine = Sqlite | Duckdb | Postgresql
 
 
 def _create_table() -> str:
@@ -248,7 +359,7 @@ def _timed(work: Callable[[], Any]) -> float:
     return perf_counter() - started
 
 
-def _run_floor(engine: Engine, path: Path, chosen: Sequence[Any]) -> float:
+def _run_floor(engine: Engine, path: Path, chosen: Sequence[Any]) -> tuple[float, int]:
     staged = [
         (device, user, email, engine.time(lower), engine.time(upper))
         for device, user, email, lower, upper in chosen
@@ -261,21 +372,32 @@ def _run_floor(engine: Engine, path: Path, chosen: Sequence[Any]) -> float:
             connection.execute(FLOOR)
             connection.execute("COMMIT")
 
-        return _timed(work)
+        logged = engine.log_position()
+        seconds = _timed(work)
+        return seconds, engine.log_position() - logged
 
 
-def _run_ours(engine: Engine, path: Path, updates: Sequence[UpdateByCriteria]) -> dict[str, float]:
-    with closing(open_sink(f"{engine.name}:///{path}")) as sink:
+def _run_ours(
+    engine: Engine, path: Path, updates: Sequence[UpdateByCriteria]
+) -> tuple[dict[str, float], dict[str, int]]:
+    with closing(open_sink(engine.url(path))) as sink:
         plans: list[Plan] = []
         plan = _timed(lambda: plans.append(plan_updates(updates)))
-        sink.compile(plans[0].steps[0])
+        nobody = _updates([("nobody", "u", "e", START, START + timedelta(days=1))], False)
+        sink.apply(plan_updates(nobody))  # the first of all makes the ledger
         reports: list[Applied] = []
+        logged = [engine.log_position()]
         apply = _timed(lambda: reports.append(sink.apply(plans[0])))
+        logged.append(engine.log_position())
         again = _timed(lambda: reports.append(sink.apply(plans[0])))
+        logged.append(engine.log_position())
         found = [report.rows_changed for report in reports]
         assert found == [len(updates) * PER_VISITOR, 0], found
         assert reports[1].rows_matched == found[0]
-    return {"plan": plan, "apply": apply, "ours": plan + apply, "again": again}
+    return (
+        {"plan": plan, "apply": apply, "ours": plan + apply, "again": again},
+        {"apply": logged[1] - logged[0], "again": logged[2] - logged[1]},
+    )
 
 
 def _run_one_by_one(engine: Engine, path: Path, chosen: Sequence[Any]) -> float:
@@ -286,72 +408,90 @@ def _run_one_by_one(engine: Engine, path: Path, chosen: Sequence[Any]) -> float:
             connection.execute("BEGIN")
             for device, user, email, lower, upper in sample:
                 span = (engine.time(lower), engine.time(upper))
-                connection.execute(ONE, (user, email, device, *span))
+                connection.execute(engine.one, (user, email, device, *span))
             connection.execute("COMMIT")
 
         return _timed(work) * len(chosen) / len(sample)
 
 
-def measure(engine: Engine, rows: int, visitors: int, rounds: int, folder: Path) -> dict[str, Any]:
+def measure(
+    engine: Engine, base: Path, copy: Path, rows: int, visitors: int, rounds: int
+) -> dict[str, Any]:
     """The median of each measurement, in seconds, and of its ratio to the floor."""
-    base, copy = folder / f"base.{engine.name}", folder / f"copy.{engine.name}"
-    engine.build(base, rows)
     chosen = _chosen(rows, visitors)
     by_ledger, by_version = _updates(chosen, False), _updates(chosen, True)
 
     def fresh() -> Path:
-        shutil.copyfile(base, copy)
+        engine.copy(base, copy)
         return copy
 
     found: dict[str, list[float]] = {}
     ratios: dict[str, list[float]] = {}
+    logs: dict[str, list[int]] = {}
     for _ in range(rounds):
-        once = {"floor": _run_floor(engine, fresh(), chosen)}
-        once.update(_run_ours(engine, fresh(), by_ledger))
-        once["by version"] = _run_ours(engine, fresh(), by_version)["apply"]
+        floor, logged = _run_floor(engine, fresh(), chosen)
+        once, log = {"floor": floor}, {"floor": logged}
+        seconds, of_ours = _run_ours(engine, fresh(), by_ledger)
+        once.update(seconds)
+        log.update(of_ours)
+        seconds, of_ours = _run_ours(engine, fresh(), by_version)
+        once["by version"], log["by version"] = seconds["apply"], of_ours["apply"]
         once["one by one"] = _run_one_by_one(engine, fresh(), chosen)
-        for name, seconds in once.items():
-            found.setdefault(name, []).append(seconds)
-            ratios.setdefault(name, []).append(seconds / once["floor"])
-    size = base.stat().st_size
-    base.unlink()
-    copy.unlink()
-    return {
+        for name, each in once.items():
+            found.setdefault(name, []).append(each)
+            ratios.setdefault(name, []).append(each / once["floor"])
+        for name, size in log.items():
+            logs.setdefault(name, []).append(size)
+    engine.drop(copy)
+    result = {
         "engine": engine.name,
         "version": engine.version,
         "rows": rows,
         "visitors": visitors,
         "rows_changed": visitors * PER_VISITOR,
-        "file_bytes": size,
+        "file_bytes": engine.size(base),
         "rounds": rounds,
         "one_by_one_sample": min(engine.sample, visitors),
         "seconds": {name: median(each) for name, each in found.items()},
         "ratio": {name: median(each) for name, each in ratios.items()},
-        "target": TARGET,
-        "met": median(ratios["apply"]) <= TARGET,
+        "target": engine.target,
+        "met": median(ratios["apply"]) <= engine.target,
     }
+    if any(map(any, logs.values())):
+        result["log_bytes"] = {name: median(each) for name, each in logs.items()}
+    return result
 
 
 def main() -> int:
     """Measure, and print a table or JSON; 0 also when the target is missed, it is said."""
     parser = argparse.ArgumentParser(description="One recognition window on a big table.")
     parser.add_argument("--rows", type=int, default=2_000_000)
-    parser.add_argument("--visitors", type=int, default=10_000)
+    parser.add_argument("--visitors", default="10000", help="one or several numbers: 1,100,10000")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--engines", default="sqlite,duckdb")
+    parser.add_argument("--engines", default="sqlite,duckdb,postgresql,postgresql-unindexed")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    if not 0 < options.visitors <= options.rows // PER_VISITOR:
-        parser.error(f"--visitors is at most --rows / {PER_VISITOR}")
-    known: dict[str, Engine] = {"sqlite": Sqlite(), "duckdb": Duckdb()}
+    numbers = [int(each) for each in options.visitors.split(",")]
+    if not all(0 < each <= options.rows // PER_VISITOR for each in numbers):
+        parser.error(f"--visitors are at most --rows / {PER_VISITOR}")
     results = []
-    with tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as opened:
+        folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
+        server: GivenServer | None = None
         for name in options.engines.split(","):
-            results.append(
-                measure(known[name], options.rows, options.visitors, options.rounds, Path(folder))
-            )
-            if not options.json:
-                _print_table(results[-1])
+            engine: Engine
+            if name.startswith("postgresql"):
+                server = server or opened.enter_context(open_server(**SERVER))
+                engine = Postgresql(server, indexed=name == "postgresql")
+            else:
+                engine = Sqlite() if name == "sqlite" else Duckdb()
+            base, copy = folder / f"base.{name}", folder / f"copy.{name}"
+            engine.build(base, options.rows)
+            for visitors in numbers:
+                results.append(measure(engine, base, copy, options.rows, visitors, options.rounds))
+                if not options.json:
+                    _print_table(results[-1])
+            engine.drop(base)
     if options.json:
         print(json.dumps({"python": platform.python_version(), "results": results}, indent=2))
     return 0
@@ -366,10 +506,14 @@ def _print_table(result: dict[str, Any]) -> None:
     for name, seconds in result["seconds"].items():
         note = ""
         if name == "apply" and result["rows"] >= 2_000_000:
-            note = f"  target {TARGET}: {'met' if result['met'] else 'MISSED'}"
+            note = f"  target {result['target']}: {'met' if result['met'] else 'MISSED'}"
         if name == "one by one":
             note = f"  scaled up from {result['one_by_one_sample']:,} visitors"
-        print(f"  {name:<12}{seconds:>10.3f} s{result['ratio'][name]:>9.2f} x{note}")
+        log = result.get("log_bytes", {}).get(name)
+        if log is not None:
+            floor = result["log_bytes"]["floor"]
+            note = f"{log / 1e6:>12,.1f} MB of log{log / floor:>7.2f} x{note}"
+        print(f"  {name:<12}{seconds:>10.4f} s{result['ratio'][name]:>9.2f} x{note}")
     print(flush=True)
 
 

@@ -23,8 +23,7 @@ from recognition.sinks import open_sink
 def main() -> None:
     """Until the input ends."""
     sink = open_sink(sys.argv[1], timeout=60)
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
+    print("ready", flush=True)
     for line in sys.stdin:
         changed = 0
         for plan in json.loads(line):
@@ -39,8 +38,7 @@ def main() -> None:
                     break
             assert applied.rejected == ()
             changed += applied.rows_changed
-        sys.stdout.write(f"{changed}\n")
-        sys.stdout.flush()
+        print(changed, flush=True)
 
 
 class Worker:

@@ -14,6 +14,7 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     import mariadb as mariadb_server
+    import postgres as postgres_server
     from mongod import GivenServer
 
 # The same examples in every run, so that a change is judged by its own tests. To look for more:
@@ -27,6 +28,7 @@ _ENGINES = (
     "duckdb",
     "pyarrow",
     "pymongo",
+    "psycopg",
     "pymysql",
     "snowflake-sqlalchemy",
     "hypothesis",
@@ -53,6 +55,12 @@ def pytest_report_header() -> str:
         pass
     else:
         found.append(describe_mariadb())
+    try:
+        from postgres import describe as describe_postgres
+    except ImportError:  # no psycopg, or no pymongo
+        pass
+    else:
+        found.append(describe_postgres())
     return f"engines: {', '.join(found)}"
 
 
@@ -72,6 +80,21 @@ def mariadb() -> Iterator[mariadb_server.GivenServer]:
     try:
         server = open_server()
     except MissingMariadbError as error:
+        if os.environ.get("RECOGNITION_REQUIRE_SERVERS") == "1":
+            raise
+        pytest.skip(str(error))
+    with server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[postgres_server.GivenServer]:
+    """A PostgreSQL server; started when the first test asks, one for each worker of xdist."""
+    from postgres import MissingPostgresError, open_server
+
+    try:
+        server = open_server()
+    except MissingPostgresError as error:
         if os.environ.get("RECOGNITION_REQUIRE_SERVERS") == "1":
             raise
         pytest.skip(str(error))

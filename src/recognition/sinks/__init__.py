@@ -32,6 +32,8 @@ _BUILT_IN = {
     "snowflake": "recognition.sinks.snowflake:SnowflakeSink",
     "mariadb": "recognition.sinks.mysql:MysqlSink",
     "mysql": "recognition.sinks.mysql:MysqlSink",
+    "postgres": "recognition.sinks.postgresql:PostgresqlSink",
+    "postgresql": "recognition.sinks.postgresql:PostgresqlSink",
     "sqlite": "recognition.sinks.sqlite:SqliteSink",
 }
 

@@ -1,0 +1,304 @@
+"""Several processes and a PostgreSQL at once, and what is left when some of them are killed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from random import Random
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from applying import Worker
+from postgres import GivenServer, Proxy
+from recognition.errors import OutcomeUnknownError, RecognitionError
+from recognition.planner import plan_updates
+from recognition.sinks import open_sink
+from recognition.sinks.postgresql import PostgresqlSink
+from recognition.testing.sinks import update
+from sink_races import POINTS, RUNS, expect, make_plans, make_rows, make_window
+from test_postgresql import Database
+
+# Each row is a transaction of its own, as a pipeline's would be.
+_INSERTER = """
+import json, sys, psycopg
+connection = psycopg.connect(**json.loads(sys.argv[1]), autocommit=True)
+print("ready", flush=True)
+for line in sys.stdin:
+    statement, rows = json.loads(line)
+    for row in rows:
+        connection.execute(statement, row)
+    print(len(rows), flush=True)
+"""
+
+
+@pytest.fixture
+def database(postgres: GivenServer) -> Iterator[Database]:
+    """An empty database."""
+    with postgres.database() as name:
+        yield Database(postgres, name)
+
+
+def _make_table(database: Database, table: str, rows: Sequence[Mapping[str, object]]) -> None:
+    database.write(table, rows)
+    database.run(f"CREATE INDEX ON {table} (anonymous_id)")
+
+
+@contextmanager
+def _inserter(database: Database) -> Iterator[subprocess.Popen[str]]:
+    server = database.server
+    options = {
+        "host": server.host,
+        "port": server.port,
+        "user": server.user,
+        "password": server.password,
+        "dbname": database.name,
+    }
+    with subprocess.Popen(
+        [sys.executable, "-c", _INSERTER, json.dumps(options)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(timeout=30) == 0
+
+
+def _deadlocks(database: Database) -> int:
+    with database.server.connect(database.name) as connection:
+        connection.execute("SELECT pg_stat_clear_snapshot()")
+        ((count,),) = connection.execute(
+            "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+        ).fetchall()
+    return int(count)
+
+
+def _column(versioned: bool) -> str:
+    return "user_id" if versioned else "stitched_user_id"
+
+
+@pytest.mark.timeout(120 + 10 * RUNS)
+def test_processes_with_overlapping_windows_and_a_pipeline_that_inserts(
+    database: Database,
+) -> None:
+    """Two sinks and an inserting process at once: no deadlock, no lost update, in every run."""
+    with ExitStack() as open_things:
+        workers = [open_things.enter_context(Worker(database.url)) for _ in range(2)]
+        inserter = open_things.enter_context(_inserter(database))
+        assert inserter.stdin is not None
+        assert inserter.stdout is not None
+        for run in range(RUNS):
+            random = Random(run)
+            table = f"events_{run}"
+            versioned = run % 2 == 1
+            window = make_window(random, table, versioned)
+            rows = make_rows()
+            random.shuffle(rows)
+            there, later = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+            _make_table(database, table, there)
+            insert = (
+                f"INSERT INTO {table} (message_id, anonymous_id, timestamp) VALUES (%s, %s, %s)"
+            )
+            lines = [[r["message_id"], r["anonymous_id"], str(r["timestamp"])] for r in later]
+
+            for worker in workers:  # all of the window, each in an order of its own
+                worker.begin(make_plans(random, window))
+            inserter.stdin.write(json.dumps([insert, lines]) + "\n")
+            inserter.stdin.flush()
+            for worker in workers:
+                worker.end()
+            assert int(inserter.stdout.readline()) == len(later)
+
+            expected = expect(window)
+            found = database.column(_column(versioned), table)
+            missed = {r["message_id"] for r in later}
+            assert len(found) == len(expected)
+            assert {k: v for k, v in found.items() if k not in missed} == {
+                k: v for k, v in expected.items() if k not in missed
+            }, f"run {run}"
+            # What was inserted meanwhile is met when the window is applied again.
+            workers[run % 2].begin([window])
+            workers[run % 2].end()
+            assert database.column(_column(versioned), table) == expected, f"run {run}"
+    assert _deadlocks(database) == 0
+
+
+def test_plans_of_several_tables_do_not_deadlock(database: Database) -> None:
+    """Two processes whose plans name the same tables in opposite orders take their turns."""
+    tables = ["events", "public.Visits", "visits_2"]
+    for table in ("events", "Visits", "visits_2"):
+        _make_table(database, table, make_rows()) if table != "Visits" else database.write(
+            table, make_rows()
+        )
+    window = [
+        update(n, {"stitched_user_id": f"u{n}"}, each.where[0], table=tables[n % 3])
+        for n, each in enumerate(make_window(Random(1), "events", False), start=1)
+    ]
+    with Worker(database.url) as one, Worker(database.url) as other:
+        one.begin([window[n : n + 10] for n in range(0, 120, 10)])
+        other.begin([window[n : n + 15][::-1] for n in range(105, -1, -15)])
+        one.end()
+        other.end()
+
+    for table, asked in zip(("events", '"Visits"', "visits_2"), tables, strict=True):
+        last = {u.where[0].value: u for u in window if u.table == asked}
+        assert database.run(
+            f"SELECT DISTINCT anonymous_id, stitched_user_id FROM {table}"
+            " WHERE stitched_user_id IS NOT NULL ORDER BY 1"
+        ) == [(key, u.set["stitched_user_id"]) for key, u in sorted(last.items())]
+    assert _deadlocks(database) == 0
+
+
+@pytest.mark.timeout(120 + 5 * POINTS)
+def test_a_client_that_is_killed_at_any_point(database: Database) -> None:
+    """SIGKILL at random points, then the same window by another process: rows as if undisturbed."""
+    random = Random(1)
+    survived = 0
+    worker = Worker(database.url)
+    try:
+        for point in range(POINTS):
+            table = f"events_{point}"
+            versioned = point % 2 == 1
+            window = make_window(random, table, versioned)
+            plans = make_plans(random, window)
+            _make_table(database, table, make_rows())
+            worker.begin(plans)
+            ended = threading.Thread(target=worker.process.stdout.readline)  # type: ignore[union-attr]
+            ended.start()
+            ended.join(random.random() * 0.08 * len(plans))
+            survived += not ended.is_alive()
+            worker.kill()
+            ended.join(30)
+            worker.__exit__()
+
+            worker = Worker(database.url)
+            worker.begin(plans)
+            worker.end()
+
+            found = database.column(_column(versioned), table)
+            assert found == expect(window), f"point {point}"
+    finally:
+        worker.__exit__()
+    assert survived < POINTS
+
+
+def _apply(sink: PostgresqlSink, window: Sequence[Any]) -> int:
+    """As a worker does: until it is applied. Gives how often the outcome was not known."""
+    unknown = 0
+    while True:
+        try:
+            applied = sink.apply(plan_updates(window))
+        except RecognitionError as error:
+            if not error.retryable:
+                raise
+            unknown += isinstance(error, OutcomeUnknownError)
+        else:
+            assert applied.rejected == ()
+            return unknown
+
+
+@pytest.mark.timeout(120 + 5 * POINTS)
+def test_a_session_that_is_ended_at_any_point(database: Database) -> None:
+    """`pg_terminate_backend` before, in, after any statement or at the commit: rows as if never."""
+    random = Random(2)
+    ended: list[str] = []
+    with closing(open_sink(database.url, timeout=60)) as sink:
+        assert isinstance(sink, PostgresqlSink)
+        left = {"events": 0}
+        threads: list[threading.Thread] = []
+
+        def strike(connection: sa.Connection, where: str) -> None:
+            """Count down to the point, then have the server end this session."""
+            left["events"] -= 1
+            if left["events"] == 0:
+                pid = connection.connection.driver_connection.info.backend_pid  # type: ignore[union-attr]
+                ended.append(where)
+                if where.startswith("before UPDATE") and random.random() < 0.8:
+                    threads.append(threading.Thread(target=_end_when_active, args=(database, pid)))
+                    threads[-1].start()
+                else:
+                    database.run("SELECT pg_terminate_backend(%s, 30000)", pid)
+
+        @sa.event.listens_for(sink._engine, "before_cursor_execute")
+        def before(connection: sa.Connection, _: Any, statement: str, *rest: Any) -> None:
+            strike(connection, f"before {statement[:6]}")
+
+        @sa.event.listens_for(sink._engine, "after_cursor_execute")
+        def after(connection: sa.Connection, _: Any, statement: str, *rest: Any) -> None:
+            strike(connection, f"after {statement[:6]}")
+
+        @sa.event.listens_for(sink._engine, "commit")
+        def commit(connection: sa.Connection) -> None:
+            strike(connection, "commit")
+
+        for point in range(POINTS):
+            table = f"events_{point}"
+            versioned = point % 2 == 1
+            window = make_window(random, table, versioned, size=40)
+            _make_table(database, table, make_rows())
+            # So that an UPDATE takes long enough to be met in it.
+            database.run(
+                "CREATE OR REPLACE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS"
+                " 'BEGIN PERFORM pg_sleep(0.02); RETURN NULL; END'"
+            )
+            database.run(
+                f"CREATE TRIGGER slow AFTER UPDATE ON {table}"
+                " FOR EACH STATEMENT EXECUTE FUNCTION slow()"
+            )
+            sink.inline_rows = point // 2 % 2 * 100  # with a stage and without
+            left["events"] = random.randint(1, 14 if versioned else 20)
+            _apply(sink, window)
+            for thread in threads:
+                thread.join(30)
+
+            found = database.column(_column(versioned), table)
+            assert found == expect(window), f"point {point}"
+    assert len(ended) > POINTS // 2
+
+
+def _end_when_active(database: Database, pid: int) -> None:
+    """End a session while it carries out an UPDATE."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and not database.run(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE pid = %s AND state = 'active' AND query LIKE 'UPDATE%%'",
+        pid,
+    ):
+        pass
+
+
+@pytest.mark.timeout(120 + 5 * POINTS)
+def test_a_network_that_breaks_at_any_point(database: Database) -> None:
+    """A connection that is cut at any message, before or after it arrived: rows as if never."""
+    random = Random(3)
+    unknown = 0
+    with Proxy(database.server) as proxy:
+        url = database.server.url(database.name, port=proxy.port, sslmode="disable")
+        with closing(open_sink(url, timeout=60)) as sink:
+            assert isinstance(sink, PostgresqlSink)
+            for point in range(POINTS):
+                table = f"events_{point}"
+                versioned = point % 2 == 1
+                window = make_window(random, table, versioned, size=40)
+                _make_table(database, table, make_rows())
+                sink.inline_rows = point // 4 % 2 * 100  # with a stage and without
+                if point % 4 < 2:
+                    proxy.cut_at(b"COMMIT\0", answered=random.random() < 0.5)
+                else:
+                    proxy.cut_after(random.randint(1, 20), answered=random.random() < 0.5)
+                unknown += _apply(sink, window)
+
+                found = database.column(_column(versioned), table)
+                assert found == expect(window), f"point {point}"
+    assert proxy.cuts > POINTS // 2
+    assert unknown > POINTS // 4
