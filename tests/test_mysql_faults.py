@@ -194,7 +194,7 @@ def test_processes_with_overlapping_windows_and_a_pipeline_that_inserts(
     assert _deadlocks(database) == before
 
 
-@pytest.mark.timeout(120 + 5 * POINTS)
+@pytest.mark.timeout(120 + 20 * POINTS)  # two processes are started for each point
 def test_a_client_that_is_killed_at_any_point(database: Database) -> None:
     """SIGKILL at random points, then the same window by another process: rows as if undisturbed."""
     random = Random(1)
@@ -223,7 +223,7 @@ def test_a_client_that_is_killed_at_any_point(database: Database) -> None:
     assert survived < POINTS
 
 
-@pytest.mark.timeout(120 + 5 * POINTS)
+@pytest.mark.timeout(120 + 10 * POINTS)
 def test_a_connection_that_is_cut_at_any_point(database: Database) -> None:
     """KILL CONNECTION before or after any statement or at the commit: rows as if undisturbed."""
     random = Random(2)
