@@ -44,5 +44,5 @@ $(VENV)/base.stamp: pyproject.toml constraints.txt
 # pip knows dependency groups (PEP 735) since 25.1.
 $(VENV)/dev.stamp: $(VENV)/base.stamp
 	$(PIP) install 'pip>=25.1'
-	$(PIP) install --constraint constraints.txt --editable '.[cli,duckdb,mongo,postgresql]' --group dev
+	$(PIP) install --constraint constraints.txt --editable '.[cli,duckdb,mongo,postgresql,redshift]' --group dev
 	@touch $@

@@ -31,6 +31,7 @@ _BUILT_IN = {
     "duckdb": "recognition.sinks.duckdb:DuckdbSink",
     "postgres": "recognition.sinks.postgresql:PostgresqlSink",
     "postgresql": "recognition.sinks.postgresql:PostgresqlSink",
+    "redshift": "recognition.sinks.redshift:RedshiftSink",
     "sqlite": "recognition.sinks.sqlite:SqliteSink",
 }
 
