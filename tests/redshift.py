@@ -21,6 +21,7 @@ _UNKNOWN = {
     b"driver_discovery_version",
     b"plugin_name",
 }
+_SASL = struct.pack("!i", 10)
 _VERSION = b"8.0.2"  # Redshift's server_version
 
 
@@ -79,6 +80,8 @@ class Proxy:
     def _serve(self, client: socket.socket) -> None:
         with client, socket.create_connection(("127.0.0.1", self._server)) as server:
             self._open += [client, server]
+            for end in (client, server):
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             try:
                 server.sendall(_without_unknown(client))
                 back = threading.Thread(target=_pass_answers, args=(server, client), daemon=True)
@@ -130,6 +133,8 @@ def _pass_answers(server: socket.socket, client: socket.socket) -> None:
             body = _read(server, size - 4)
             if kind == b"S" and body.startswith(b"server_version\0"):
                 body = b"server_version\0" + _VERSION + b"\0"
+            elif kind == b"R" and body[:4] == _SASL:
+                body = body[:-1]  # the driver takes the end of the list for one more mechanism
             client.sendall(struct.pack("!ci", kind, len(body) + 4) + body)
         _pass(server, client)
     with contextlib.suppress(OSError):
