@@ -21,7 +21,18 @@ if TYPE_CHECKING:
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
-_ENGINES = ("pydantic", "sqlalchemy", "duckdb", "pyarrow", "pymongo", "psycopg", "hypothesis")
+_ENGINES = (
+    "pydantic",
+    "sqlalchemy",
+    "duckdb",
+    "pyarrow",
+    "pymongo",
+    "psycopg",
+    "psycopg2-binary",
+    "redshift-connector",
+    "sqlalchemy-redshift",
+    "hypothesis",
+)
 
 
 def pytest_report_header() -> str:

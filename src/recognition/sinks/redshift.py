@@ -465,7 +465,7 @@ class RedshiftSink(SqlSink):
             if change is not None:
                 values = [None if value is None else change(value) for value in values]
             converted.append(values)
-        named = ", ".join(column.name for column in columns)
+        named = ", ".join(self._quote(column.name) for column in columns)
         marks = f"({', '.join(['%s'] * len(columns))})"
         for page in _pages([*zip(*converted, strict=True)]):
             transaction.statements += 1

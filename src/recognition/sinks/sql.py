@@ -427,7 +427,7 @@ class SqlSink(ABC):
             column: Of that table; one that is not NULL in a row that is the same.
         """
         table = cast(sa.FromClause, column.table)
-        there = sa.select(sa.literal_column("1")).select_from(table).where(*same)
+        there: sa.Select[Any] = sa.select(sa.literal_column("1")).select_from(table).where(*same)
         return rows.where(~sa.exists(there))
 
     def set_rows(
