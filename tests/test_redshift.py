@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import re
 import socket
+import sys
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from decimal import Decimal
 
@@ -17,6 +19,8 @@ from sqlalchemy.engine import make_url
 from postgres import GivenServer
 from recognition.errors import (
     ConfigurationError,
+    MissingDependencyError,
+    OutcomeUnknownError,
     SinkError,
     SinkReadOnlyError,
     SinkUnavailableError,
@@ -368,6 +372,52 @@ def test_a_statement_that_is_cut_is_done_again(opened: Opened, database: Databas
     assert database.column("stitched_user_id") == {"m1": "u1"}
 
 
+def test_a_lost_commit_is_unknown(opened: Opened, database: Database) -> None:
+    """A connection that goes away at the commit: nobody knows, and applying again is safe."""
+    database.write("events", [row("m1", "a1", 1)])
+    database.run(
+        "CREATE FUNCTION cut() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NEW; END $$"
+    )
+    database.run(
+        "CREATE CONSTRAINT TRIGGER cut AFTER UPDATE ON events DEFERRABLE INITIALLY DEFERRED"
+        " FOR EACH ROW EXECUTE FUNCTION cut()"
+    )
+    sink = opened()
+    wanted = update(1, {"stitched_user_id": "u1"}, device("a1"))
+
+    with pytest.raises(OutcomeUnknownError) as caught:
+        apply(sink, wanted)
+    database.run("DROP TRIGGER cut ON events")
+    applied = apply(sink, wanted)
+
+    assert caught.value.written is None
+    assert applied.rows_changed == 1
+
+
+def test_two_sinks_at_once(opened: Opened, database: Database) -> None:
+    """Two sinks with updates of the same rows wait for each other, and the latest one stands."""
+    database.write("events", [row(f"m{n}", f"a{n}", n) for n in range(20)])
+    updates = [
+        update(
+            sequence, {"stitched_user_id": f"u{sequence}"}, device(f"a{n}"), expected_rows=1
+        ).model_copy(update={"id": f"{sequence}-{n}"})
+        for sequence in range(8)
+        for n in range(20)
+    ]
+
+    def work(first: int) -> None:
+        sink = opened()
+        for sequence in (6 + first, 2 + first, 4 + first, first):
+            apply(sink, *updates[sequence * 20 : sequence * 20 + 20])
+
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(work, first) for first in (0, 1)]:
+            done.result()
+
+    assert set(database.column("stitched_user_id").values()) == {"u7"}
+
+
 def test_an_unreachable_server_is_said(url: str, opened: Opened) -> None:
     """A server that does not answer is an error that a retry may mend, without the password."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -418,6 +468,18 @@ def test_truths_in_a_url_are_truths() -> None:
     read = _read_query(make_url("redshift://h/d?ssl=true&iam=True&timeout=5&region=eu-west-1"))
 
     assert read == {"ssl": True, "iam": True, "timeout": 5, "region": "eu-west-1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("psycopg2", "psycopg2-binary"), ("redshift_connector", "redshift-connector")],
+)
+def test_a_missing_driver_is_said(monkeypatch: pytest.MonkeyPatch, name: str, package: str) -> None:
+    """A driver that is not installed is an error with the command that installs it."""
+    monkeypatch.setitem(sys.modules, name, None)
+
+    with pytest.raises(MissingDependencyError, match=f"pip install {package}"):
+        open_sink(f"redshift+{name}://h/d")
 
 
 @pytest.mark.parametrize("url", ["redshift+psycopg://h/d", "redshift+x://h/d", "redshift:x"])

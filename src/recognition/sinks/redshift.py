@@ -44,6 +44,7 @@ from sqlalchemy_redshift.dialect import RedshiftDialect_redshift_connector
 
 from recognition.errors import (
     ConfigurationError,
+    MissingDependencyError,
     SinkError,
     SinkReadOnlyError,
     SinkUnavailableError,
@@ -291,14 +292,20 @@ class RedshiftSink(SqlSink):
             parsed = parsed.set(drivername=_Dialect.registered, query={})
         else:
             raise ConfigurationError(_URLS)
-        engine = sa.create_engine(
-            parsed,
-            hide_parameters=True,
-            pool_pre_ping=True,
-            pool_recycle=_RECYCLED,
-            execution_options={"preserve_rowcount": True},  # of an INSERT too
-            connect_args=options,
-        )
+        try:
+            engine = sa.create_engine(
+                parsed,
+                hide_parameters=True,
+                pool_pre_ping=True,
+                pool_recycle=_RECYCLED,
+                execution_options={"preserve_rowcount": True},  # of an INSERT too
+                connect_args=options,
+            )
+        except ImportError as exc:
+            package = "psycopg2-binary" if "psycopg2" in parsed.drivername else "redshift-connector"
+            raise MissingDependencyError(
+                f"the driver of this URL is not installed; run: pip install {package}"
+            ) from exc
         sa.event.listen(engine, "connect", self._prepare_session)
         return engine
 
