@@ -716,11 +716,6 @@ class _Dialect(RedshiftDialect_redshift_connector):  # type: ignore[misc]
     registered = "redshift.recognition"
     supports_statement_cache = False
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        # The driver leaves what stands in double quotes as it is.
-        self.identifier_preparer._double_percents = False
-
     def connect(self, *arguments: Any, **options: Any) -> Any:
         from botocore.exceptions import BotoCoreError, ClientError
 
