@@ -2,8 +2,8 @@
 Stands between redshift_connector and a PostgreSQL server, so that it takes that for Redshift.
 
 The driver sends settings at the start that PostgreSQL does not know, and refuses a version that
-does not look like Redshift's. It also
-takes the end of the list of ways to log in for one more. Nothing else is changed on the way.
+does not look like Redshift's. It also takes the end of the list of ways to log in for one more.
+Nothing else is changed on the way.
 """
 
 from __future__ import annotations
