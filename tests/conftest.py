@@ -31,6 +31,9 @@ _ENGINES = (
     "psycopg",
     "pymysql",
     "snowflake-sqlalchemy",
+    "psycopg2-binary",
+    "redshift-connector",
+    "sqlalchemy-redshift",
     "hypothesis",
 )
 

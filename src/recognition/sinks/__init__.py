@@ -34,6 +34,7 @@ _BUILT_IN = {
     "mysql": "recognition.sinks.mysql:MysqlSink",
     "postgres": "recognition.sinks.postgresql:PostgresqlSink",
     "postgresql": "recognition.sinks.postgresql:PostgresqlSink",
+    "redshift": "recognition.sinks.redshift:RedshiftSink",
     "sqlite": "recognition.sinks.sqlite:SqliteSink",
 }
 

@@ -300,6 +300,9 @@ class SqlSink(ABC):
         "other": (),
     }
 
+    #: As what a text of our own is staged and noted.
+    text: ClassVar[sa.types.TypeEngine[Any]] = sa.Text()
+
     #: The kinds of columns that hold texts, which a collation may blur.
     collating: ClassVar[Collection[str]] = ("text", "any", "numeric", "uuid", "time")
 
@@ -401,6 +404,31 @@ class SqlSink(ABC):
     @abstractmethod
     def translate(self, error: BaseException | None) -> SinkError:
         """The most specific error of ours; its text holds no value."""
+
+    def same(self, one: _Expression, other: _Expression, kind: str) -> _Condition:
+        """Values of this kind are equal, to the byte where ``=`` is not; NULL equals nothing."""
+        return one == other
+
+    def differ(self, one: _Expression, other: _Expression, kind: str) -> _Condition:
+        """The opposite, but that NULL equals NULL and nothing else; never unknown."""
+        return one.is_distinct_from(other)
+
+    def lacking(
+        self,
+        rows: sa.Select[Any],
+        stage: sa.FromClause,
+        column: sa.ColumnClause[Any],
+        same: Sequence[_Condition],
+    ) -> sa.Select[Any]:
+        """
+        Of rows of the stage those to which another table has none that is the same.
+
+        Args:
+            column: Of that table; one that is not NULL in a row that is the same.
+        """
+        table = cast(sa.FromClause, column.table)
+        there: sa.Select[Any] = sa.select(sa.literal_column("1")).select_from(table).where(*same)
+        return rows.where(~sa.exists(there))
 
     def set_rows(
         self,
@@ -889,7 +917,7 @@ class SqlSink(ABC):
         if self._blurs(column, target):
             # The first lets an index be used, the second is the exact one.
             return sa.and_(one == other, self.bytewise(one) == self.bytewise(other))
-        return one == other
+        return self.same(one, other, column.kind)
 
     def _differ(
         self, one: _Expression, other: _Expression, column: Column, target: Target
@@ -897,7 +925,7 @@ class SqlSink(ABC):
         """They are not the same, to the byte; NULL is the same as NULL."""
         if self._blurs(column, target):
             one, other = self.bytewise(one), self.bytewise(other)
-        return one.is_distinct_from(other)
+        return self.differ(one, other, column.kind)
 
     def _blurs(self, column: Column, target: Target) -> bool:
         return target.collated and column.kind in self.collating
@@ -979,7 +1007,7 @@ class SqlSink(ABC):
             elif column.like is not None:
                 expression = sa.cast(sa.null(), self.stage_time(column.like))
             elif column.kind == "text":
-                expression = sa.cast(sa.null(), sa.Text())
+                expression = sa.cast(sa.null(), self.text)
             else:
                 expression = sa.cast(sa.null(), sa.BigInteger())
             selected.append(expression.label(column.name))
@@ -1001,7 +1029,14 @@ class SqlSink(ABC):
 
     def as_text(self, expression: _Expression, column: Column) -> _Expression:
         """What the column holds, as the ledger's texts hold it."""
-        return expression if column.kind == "text" else sa.cast(expression, sa.Text())
+        return expression if column.kind == "text" else sa.cast(expression, self.text)
+
+    def as_key(self, expression: _Expression, column: Column) -> _Expression:
+        """By what the ledger finds a key; whatever differs where keys do."""
+        return self.as_text(expression, column)
+
+    def _constant_text(self, text: str) -> _Expression:
+        return sa.cast(sa.literal(text, self.text), self.text)
 
     def _find_later(
         self, transaction: Transaction, stage: sa.FromClause, step: Step, target: Target
@@ -1066,8 +1101,8 @@ class SqlSink(ABC):
         return (
             LEDGER.c.table_name == self.noted_name(target),
             LEDGER.c.key_column == target.column(step.shape.key).name,
-            LEDGER.c.key_value == self.as_text(stage.c.equal_0, target.column(step.shape.key)),
-            LEDGER.c.workspace == stage.c.workspace,
+            LEDGER.c.key_value == self.as_key(stage.c.equal_0, target.column(step.shape.key)),
+            self.same(LEDGER.c.workspace, stage.c.workspace, "text"),
         )
 
     def _spare(
@@ -1092,7 +1127,9 @@ class SqlSink(ABC):
                 .where(
                     *self._same_key(stage, step, target),
                     LEDGER.c.message_column == note.message_column,
-                    LEDGER.c.message_id == self.as_text(table.c[column.name], column),
+                    self.same(
+                        LEDGER.c.message_id, self.as_text(table.c[column.name], column), "text"
+                    ),
                     LEDGER.c.columns == note.columns,
                     LEDGER.c.extras == note.extras,
                     later,
@@ -1108,7 +1145,7 @@ class SqlSink(ABC):
         shape = step.shape
         timed = bool(shape.times)
         nothing = sa.cast(sa.null(), sa.BigInteger())
-        message: tuple[str, _Expression] = ("", _constant_text(""))
+        message: tuple[str, _Expression] = ("", self._constant_text(""))
         if shape.messages is not None and not shape.speaks_for_interval:
             place = shape.equals.index(shape.messages[0])
             column = target.column(shape.messages[0])
@@ -1118,30 +1155,29 @@ class SqlSink(ABC):
         line: dict[str, _Expression] = {
             "update_id": stage.c.update_id,
             "workspace": stage.c.workspace,
-            "table_name": _constant_text(self.noted_name(target)),
-            "key_column": _constant_text(key.name),
-            "key_value": self.as_text(stage.c.equal_0, key),
-            "message_column": _constant_text(message[0]),
+            "table_name": self._constant_text(self.noted_name(target)),
+            "key_column": self._constant_text(key.name),
+            "key_value": self.as_key(stage.c.equal_0, key),
+            "message_column": self._constant_text(message[0]),
             "message_id": message[1],
             "extras": stage.c.extras,
-            "columns": _constant_text(_joined(shape.columns, target)),
-            "empty": _constant_text(_joined(shape.empty, target)),
-            "time_column": _constant_text(target.column(shape.times[0]).name if timed else ""),
+            "columns": self._constant_text(_joined(shape.columns, target)),
+            "empty": self._constant_text(_joined(shape.empty, target)),
+            "time_column": self._constant_text(target.column(shape.times[0]).name if timed else ""),
             "starts": stage.c.starts_0 if timed else nothing,
             "ends": stage.c.ends_0 if timed else nothing,
             "sequence": stage.c.sequence,
             "applied_at": sa.cast(sa.literal(_now(), sa.BigInteger()), sa.BigInteger()),
         }
         noted = [
-            LEDGER.c[name].is_not_distinct_from(expression)
+            ~self.differ(LEDGER.c[name], expression, "integer")
             if name in ("starts", "ends")
-            else LEDGER.c[name] == expression
+            else self.same(LEDGER.c[name], expression, "text" if name == "message_id" else "")
             for name, expression in line.items()
             if name != "applied_at"
         ]
-        lines = sa.select(*line.values()).where(
-            stage.c.extras.is_not(None), ~sa.exists().where(*noted)
-        )
+        lines = sa.select(*line.values()).where(stage.c.extras.is_not(None))
+        lines = self.lacking(lines, stage, LEDGER.c.update_id, noted)
         transaction.execute(sa.insert(LEDGER).from_select(list(line), lines))
 
     # Looking at tables --------------------------------------------------------------------------
@@ -1365,18 +1401,15 @@ class SqlSink(ABC):
     ) -> int:
         target, stage, key, staged, any_stamped = prepared
         clause = target.clause()
-        same = clause.c[target.column(key).name] == staged[key]
+        column = target.column(key)
+        keys = clause.c[column.name]
+        same = self.same(keys, staged[key], column.kind)
         if stamps and any_stamped:
             restamp = self._restamp(clause, staged, target, stamps)
             transaction.execute(restamp.where(same, stage.c.stamped == 1))
-        return transaction.execute(
-            sa.insert(clause).from_select(
-                [target.column(name).name for name in staged],
-                sa.select(*staged.values()).where(
-                    ~sa.exists(sa.select(sa.literal_column("1")).select_from(clause).where(same))
-                ),
-            )
-        ).rowcount
+        rows = self.lacking(sa.select(*staged.values()), stage, keys, [same])
+        names = [target.column(name).name for name in staged]
+        return transaction.execute(sa.insert(clause).from_select(names, rows)).rowcount
 
     def _restamp(
         self,
@@ -1561,10 +1594,6 @@ def _nothing(column: Column) -> _Expression:
 
 def _joined(names: Iterable[str], target: Target) -> str:
     return ",".join(sorted(target.column(name).name for name in names))
-
-
-def _constant_text(text: str) -> _Expression:
-    return sa.cast(sa.literal(text, sa.Text()), sa.Text())
 
 
 def _like(name: str, column: Column) -> StageColumn:

@@ -1,0 +1,894 @@
+"""
+Amazon Redshift, through ``redshift_connector`` or psycopg2.
+
+How it differs: blanks at a text's end do not count when texts are compared
+(https://docs.aws.amazon.com/redshift/latest/dg/r_Examples_with_character_types.html), widths are
+bytes and ``TEXT`` is ``VARCHAR(256)``
+(https://docs.aws.amazon.com/redshift/latest/dg/r_Character_types.html), a transaction may end in a
+serializable isolation violation
+(https://docs.aws.amazon.com/redshift/latest/dg/c_serial_isolation.html), and there are no
+savepoints, no ``RETURNING``, no indexes, no tables of ``VALUES``
+(https://docs.aws.amazon.com/redshift/latest/dg/c_unsupported-postgresql-features.html). A
+correlated subquery may not compare for NULL
+(https://docs.aws.amazon.com/redshift/latest/dg/r_correlated_subqueries.html), so that a row is
+looked for by an outer join.
+
+The dialect is that of ``sqlalchemy-redshift``, but for its reflection, which asks for columns of
+the catalogue that newer patches and SQLAlchemy do not agree on. Tables are looked up in the part of
+``pg_catalog`` that Redshift has in common with PostgreSQL 8.
+
+Times: a ``timestamp`` or ``date`` is taken to be UTC, a ``timestamptz`` is a moment.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any, ClassVar, cast
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import registry
+from sqlalchemy.dialects.postgresql import TIMESTAMP
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.schema import CreateTable
+from sqlalchemy_redshift.dialect import RedshiftDialect_redshift_connector
+
+from recognition.errors import (
+    ConfigurationError,
+    MissingDependencyError,
+    SinkError,
+    SinkReadOnlyError,
+    SinkUnavailableError,
+    TableError,
+    ValueRefusedError,
+)
+from recognition.events import parse_time
+from recognition.planner import Bound, Step, Value
+from recognition.sinks.sql import (
+    LEDGER,
+    Column,
+    Interval,
+    SqlSink,
+    StageColumn,
+    Target,
+    Transaction,
+)
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+_FIRST_TIME = (datetime.min.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND
+_LAST_TIME = (datetime.max.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND
+_DAY = 86_400 * 1_000_000
+
+# The widest VARCHAR, in bytes: https://docs.aws.amazon.com/redshift/latest/dg/r_Character_types.html
+_WIDEST = 65_535
+
+# https://docs.aws.amazon.com/redshift/latest/dg/r_Numeric_types201.html
+_BITS = {"int2": 16, "int4": 32, "int8": 64}
+_FLOATS = {"float4": 3.4028234663852886e38, "float8": sys.float_info.max}
+_TEXTS = {"text", "varchar", "bpchar"}
+_TIMES = {"date", "timestamp", "timestamptz"}
+
+# One statement has 16 MB at most (https://docs.aws.amazon.com/redshift/latest/dg/r_INSERT_30.html),
+# psycopg2 writes values into its text, and redshift_connector binds 32,767 at most.
+_PAGE_BYTES = 15_000_000
+_PAGE_VALUES = 32_767
+
+# For how long a connection is used. redshift_connector keeps every text that it ever sent.
+_RECYCLED = 1_800  # seconds
+
+# What every session sets. A group shows in SYS_QUERY_HISTORY and may route to a queue:
+# https://docs.aws.amazon.com/redshift/latest/dg/r_query_group.html. That one row is set by two is
+# an error: https://docs.aws.amazon.com/redshift/latest/dg/r_error_on_nondeterministic_update.html.
+_SETTINGS = {"query_group": "recognition", "error_on_nondeterministic_update": "true"}
+
+_URLS = (
+    "a URL of Redshift is redshift+redshift_connector://user:password@host:port/database or "
+    "redshift+psycopg2://..."
+)
+_PLAIN = r"[\w .,:;/@+=-]*"
+_NUMBERS = {
+    "client_protocol_version",
+    "idp_response_timeout",
+    "listen_port",
+    "max_prepared_statements",
+    "tcp_keepalive_count",
+    "tcp_keepalive_idle",
+    "tcp_keepalive_interval",
+    "timeout",
+}
+
+# https://docs.aws.amazon.com/redshift/latest/dg/c_serial_isolation-serializable-isolation-troubleshooting.html
+_VIOLATIONS = {
+    "1018": "a table was made after the transaction began",
+    "1023": "another transaction was in the way",
+}
+_RETRIED = {"40001", "40P01"}
+_MADE_TWICE = {"42P07", "42701", "42710"}  # by two sessions at the same moment
+_GONE = {"42P01", "42703", "3F000", "3D000"}
+_REFUSED = ("22", "23", "27", "44", "54", "P0")  # classes: values, constraints, limits
+
+# What a server says to those whom it does not let in; psycopg2 keeps this text alone.
+_REFUSALS = {
+    "28P01": r"password authentication failed|no password supplied",
+    "28000": r"pg_hba\.conf|(role|user) .* does not exist|not permitted to log in",
+    "3D000": r"database .* does not exist",
+    "53300": r"too many (clients|connections)|connection slots|connection limit",
+    "57P03": r"the database system is",
+}
+
+_TABLE = """
+SELECT c.oid, n.nspname, c.relname, c.relkind
+FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f') AND n.nspname NOT LIKE 'pg_temp%%'
+  AND (c.relname = %s OR lower(c.relname) = %s)
+"""
+_VISIBLE = "AND pg_catalog.pg_table_is_visible(c.oid)"
+_IN_SCHEMA = "AND (n.nspname = %s OR lower(n.nspname) = %s)"
+_ORDER = " ORDER BY n.nspname, c.relname"
+
+_COLUMNS = """
+SELECT a.attname AS name, pg_catalog.format_type(a.atttypid, a.atttypmod) AS declared,
+  t.typname AS type, a.atttypmod AS modifier, a.attnotnull AS filled,
+  pg_catalog.pg_get_expr(d.adbin, d.adrelid) AS preset
+FROM pg_catalog.pg_attribute a
+JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
+LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+WHERE a.attrelid = %s AND a.attnum > 0 AND NOT a.attisdropped
+ORDER BY a.attnum
+"""
+
+# Explicit widths, in bytes, because memory is taken by the declared width. A name has 127 bytes, an
+# id of an update 255 characters of up to 4 bytes, a key is noted as its hash.
+_WIDTHS = {
+    "update_id": 1_020,
+    "workspace": 1_020,
+    "table_name": 1_024,
+    "key_column": 512,
+    "key_value": 32,
+    "message_column": 512,
+    "time_column": 512,
+}
+_LEDGER = sa.Table(
+    LEDGER.name,
+    sa.MetaData(),
+    *(
+        sa.Column(
+            column.name,
+            sa.String(_WIDTHS.get(column.name, _WIDEST))
+            if isinstance(column.type, sa.Text)
+            else column.type,
+            nullable=column.nullable,
+            primary_key=False,
+        )
+        for column in LEDGER.columns
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Column(Column):
+    """
+    A column of Redshift; its width is in bytes.
+
+    Args:
+        type: The type's name in ``pg_type``.
+        precision: The finest time that it holds, in microseconds; a date is 86,400 seconds.
+        scale: How many decimals it keeps.
+    """
+
+    type: str
+    precision: int = 1
+    scale: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Target(Target):
+    """A table of Redshift, with the schema where it is."""
+
+    schema: str
+
+
+class RedshiftSink(SqlSink):
+    """
+    A database of Amazon Redshift.
+
+    ``redshift+redshift_connector://`` (also ``redshift://``) or ``redshift+psycopg2://``, then
+    ``user:password@host:5439/database``; what follows ``?`` is the driver's.
+
+    Several processes may write to it: one at a time, the others wait up to ``timeout`` seconds.
+
+    Args:
+        settings: What a session sets, by name. The default is ``query_group``, by which a DBA sees
+            who asked, and ``error_on_nondeterministic_update``.
+        statement_timeout: After how many seconds the server ends a statement.
+        lock_tables: Lock the tables of a plan too, for databases whose isolation is SERIALIZABLE
+            and whose loaders would be in the way again and again. Whoever reads them waits then.
+    """
+
+    indexed = False
+    ledger_first = True  # it is the lock
+    text = sa.String(_WIDEST)
+    collating = ()
+    types: ClassVar[Mapping[str, str]] = {
+        "text": f"VARCHAR({_WIDEST})",
+        "time": "TIMESTAMPTZ",
+        "integer": "BIGINT",
+        "float": "DOUBLE PRECISION",
+        "boolean": "BOOLEAN",
+    }
+    holds: ClassVar[Mapping[str, tuple[type, ...]]] = {
+        **SqlSink.holds,
+        "decimal": (int, float),
+    }
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout: float = 30.0,
+        ledger_days: int = 90,
+        add_missing_columns: bool = False,
+        settings: Mapping[str, str] = _SETTINGS,
+        statement_timeout: float = 3_600.0,
+        lock_tables: bool = False,
+    ) -> None:
+        for name, value in settings.items():
+            if not re.fullmatch(r"[a-z_]+(\.[a-z_]+)?", name) or not re.fullmatch(_PLAIN, value):
+                raise ConfigurationError(
+                    "settings are names of small letters and underscores, each with a plain text"
+                )
+        if statement_timeout <= 0:
+            raise ConfigurationError("statement_timeout is in seconds, and more than 0")
+        self._settings = {
+            "timezone": "UTC",
+            # How the ledger's texts of keys that are times are written.
+            "datestyle": "ISO, YMD",
+            **settings,
+        }
+        self._statement_timeout = statement_timeout
+        self._locks_tables = lock_tables
+        super().__init__(
+            url,
+            timeout=timeout,
+            ledger_days=ledger_days,
+            add_missing_columns=add_missing_columns,
+        )
+
+    def make_engine(self, url: str, timeout: float) -> sa.Engine:
+        """Both drivers look for a server's certificate unless the URL says otherwise."""
+        try:
+            parsed = make_url(url)
+        except (sa.exc.ArgumentError, ValueError) as exc:
+            raise ConfigurationError(_URLS) from exc
+        if parsed.drivername == "redshift+psycopg2":
+            options: dict[str, Any] = {
+                "application_name": "recognition",
+                "connect_timeout": max(2, math.ceil(timeout)),
+                "keepalives_idle": 60,
+                "keepalives_interval": 10,
+                "keepalives_count": 6,
+            }
+            options = {k: v for k, v in options.items() if k not in parsed.query}
+        elif parsed.drivername in ("redshift", "redshift+redshift_connector"):
+            options = {
+                "application_name": "recognition",
+                # An unnamed statement for each: a named one stays in the server and here.
+                "max_prepared_statements": 0,
+                "tcp_keepalive_idle": 60,
+                "tcp_keepalive_interval": 10,
+                "tcp_keepalive_count": 6,
+                **_read_query(parsed),
+            }
+            parsed = parsed.set(drivername=_Dialect.registered, query={})
+        else:
+            raise ConfigurationError(_URLS)
+        try:
+            engine = sa.create_engine(
+                parsed,
+                hide_parameters=True,
+                pool_pre_ping=True,
+                pool_recycle=_RECYCLED,
+                execution_options={"preserve_rowcount": True},  # of an INSERT too
+                connect_args=options,
+            )
+        except ImportError as exc:
+            package = "psycopg2-binary" if "psycopg2" in parsed.drivername else "redshift-connector"
+            raise MissingDependencyError(
+                f"the driver of this URL is not installed; run: pip install {package}"
+            ) from exc
+        sa.event.listen(engine, "connect", self._prepare_session)
+        return engine
+
+    def _prepare_session(self, connection: Any, _: object) -> None:
+        cursor = connection.cursor()
+        for name, value in self._settings.items():
+            cursor.execute(
+                f"SET {name} TO '{value}'"
+            )  # checked to hold neither quote nor backslash
+        cursor.close()
+        connection.commit()
+
+    def exists(self) -> bool:
+        """The server says when there is none."""
+        return True
+
+    # Tables -------------------------------------------------------------------------------------
+
+    def find_table(self, connection: sa.Connection, parts: Sequence[str]) -> Target | None:
+        """
+        By the exact name, else by the one that differs in case alone.
+
+        Without a schema, the first of the ``search_path`` that has such a table is meant.
+        """
+        if len(parts) > 3:
+            return None
+        if len(parts) == 3:
+            ((database,),) = connection.exec_driver_sql("SELECT current_database()")
+            if database.lower() != parts[0].lower():
+                return None
+            parts = parts[1:]
+        asked: tuple[str, ...] = (parts[-1], parts[-1].lower())
+        if len(parts) == 2:
+            asked += (parts[0], parts[0].lower())
+        statement = _TABLE + (_VISIBLE if len(parts) == 1 else _IN_SCHEMA) + _ORDER
+        found = [*connection.exec_driver_sql(statement, asked)]
+        names = [(row.nspname, row.relname)[2 - len(parts) :] for row in found]
+        exact = [row for row, name in zip(found, names, strict=True) if name == tuple(parts)]
+        found = exact or found
+        if not found:
+            return None
+        if len(found) > 1:
+            several = " and ".join(repr(".".join(name)) for name in names)
+            return Target(parts=tuple(parts), columns={}, ambiguous={"": several})
+        (row,) = found
+        columns: dict[str, Column] = {}
+        spelled: defaultdict[str, list[str]] = defaultdict(list)
+        for each in connection.exec_driver_sql(_COLUMNS, (row.oid,)):
+            columns[each.name.lower()] = _describe(
+                each.name,
+                each.declared,
+                each.type,
+                each.modifier,
+                nullable=not each.filled,
+                preset=each.preset or "",
+            )
+            spelled[each.name.lower()].append(repr(each.name))
+        return _Target(
+            parts=(row.nspname, row.relname)[2 - len(parts) :],
+            columns=columns,
+            view=row.relkind in ("v", "m", "f"),
+            ambiguous={n: " and ".join(each) for n, each in spelled.items() if len(each) > 1},
+            schema=row.nspname,
+        )
+
+    def list_tables(self, connection: sa.Connection) -> Sequence[str]:
+        """Those of the schemas in the ``search_path``."""
+        rows = connection.exec_driver_sql(
+            "SELECT c.relname FROM pg_catalog.pg_class c"
+            " JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
+            " WHERE c.relkind IN ('r', 'p') AND pg_catalog.pg_table_is_visible(c.oid)"
+            " AND n.nspname <> 'pg_catalog' AND n.nspname <> 'information_schema'"
+        )
+        return [row.relname for row in rows]
+
+    def assume(self, kind: str, name: str) -> Column:
+        """As `load` makes it."""
+        types = {
+            "text": ("varchar", _WIDEST + 4),
+            "time": ("timestamptz", -1),
+            "integer": ("int8", -1),
+            "float": ("float8", -1),
+        }
+        return _describe(name, self.types[kind], *types.get(kind, ("bool", -1)))
+
+    def refuse_time(self, column: Column) -> str | None:
+        """Texts and numbers may hold times of any form, which no zone map serves."""
+        if column.kind == "time":
+            return None
+        return f"times are compared with a timestamptz, timestamp or date; it is {column.declared}"
+
+    def noted_name(self, target: Target) -> str:
+        """With its schema: two schemas may have tables of one name."""
+        assert isinstance(target, _Target)
+        return f"{target.schema}.{target.parts[-1]}"
+
+    # Transactions -------------------------------------------------------------------------------
+
+    def _do(
+        self,
+        transaction: Transaction,
+        tables: Sequence[str],
+        prepare: Callable[[Transaction], Any],
+        work: Callable[[Transaction, Any], Any],
+        needs_ledger: bool,
+    ) -> tuple[Any, int]:
+        # The ledger is what is locked, whether something is noted in it or not.
+        if self._locks_tables and any(table not in self._targets for table in tables):
+            # Before the transaction: what looks at tables takes its snapshot.
+            for table in tables:
+                self._find(transaction.connection, table)
+            transaction.connection.commit()
+        return super()._do(transaction, tables, prepare, work, True)
+
+    def locked(
+        self, transaction: Transaction, tables: Sequence[str]
+    ) -> AbstractContextManager[object]:
+        """
+        Lock the ledger, first of all: the snapshot is taken by what comes next.
+
+        https://docs.aws.amazon.com/redshift/latest/dg/r_LOCK.html: whoever reads a table that is
+        locked waits too, so that the tables of the plan are locked on request only. Two sinks wait
+        for each other here. Somebody else who writes to the same rows meanwhile makes it end in a
+        violation, which is retried. There is no time limit for locks, so that the statement has it.
+        """
+        locked = [LEDGER.name]
+        if self._locks_tables:
+            found = [self._targets[table] for table in tables if table in self._targets]
+            names = {".".join(map(self._quote, each.parts)) for each in found if not each.view}
+            locked += sorted(names)
+        self._limit(transaction, self._timeout)
+        transaction.execute_text(f"LOCK TABLE {', '.join(locked)}")
+        self._limit(transaction, self._statement_timeout)
+        return nullcontext()
+
+    @staticmethod
+    def _limit(transaction: Transaction, seconds: float) -> None:
+        """https://docs.aws.amazon.com/redshift/latest/dg/r_statement_timeout.html."""
+        milliseconds = max(100, round(seconds * 1_000))  # 0 would be for ever
+        transaction.execute_text(f"SET LOCAL statement_timeout TO {milliseconds}")
+
+    # The stage ----------------------------------------------------------------------------------
+
+    def stage_time(self, like: Column) -> sa.types.TypeEngine[Any]:
+        """A date is compared with a timestamp of the same clock."""
+        return TIMESTAMP(timezone=_is_moment(like))
+
+    def fill_stage(
+        self,
+        transaction: Transaction,
+        name: str,
+        columns: Sequence[StageColumn],
+        lists: Sequence[Sequence[Any]],
+    ) -> None:
+        """
+        By INSERTs of many rows.
+
+        One row at a time would be a round trip for each of them, and SQLAlchemy's own way to insert
+        many compiles anew each time, because the dialect caches no statements.
+        """
+        converted = []
+        for column, values in zip(columns, lists, strict=True):
+            change = _wire(column)
+            if change is not None:
+                values = [None if value is None else change(value) for value in values]
+            converted.append(values)
+        named = ", ".join(self._quote(column.name) for column in columns)
+        marks = f"({', '.join(['%s'] * len(columns))})"
+        for page in _pages([*zip(*converted, strict=True)]):
+            transaction.statements += 1
+            all_marks = ", ".join([marks] * len(page))
+            transaction.connection.exec_driver_sql(
+                f"INSERT INTO {self._quote(name)} ({named}) VALUES {all_marks}",
+                tuple(value for row in page for value in row),
+            )
+
+    # The ledger ---------------------------------------------------------------------------------
+
+    def create_ledger(self, transaction: Transaction) -> None:
+        """Where there is none in the ``search_path``; who may make none needs not, where it is."""
+        transaction.statements += 1
+        there = transaction.connection.exec_driver_sql(
+            "SELECT 1 FROM pg_catalog.pg_class c"
+            f" WHERE c.relname = '{LEDGER.name}' AND pg_catalog.pg_table_is_visible(c.oid)"
+        ).first()
+        if there is None:
+            transaction.execute(CreateTable(_LEDGER, if_not_exists=True))
+
+    def as_text(self, expression: sa.ColumnElement[Any], column: Column) -> sa.ColumnElement[Any]:
+        """
+        A truth value has no cast to a text.
+
+        https://docs.aws.amazon.com/redshift/latest/dg/r_Boolean_type.html
+        """
+        if column.kind == "boolean":
+            true: sa.ColumnElement[Any] = sa.literal_column("'true'")
+            return sa.case((expression, true), (~expression, sa.literal_column("'false'")))
+        return super().as_text(expression, column)
+
+    def as_key(self, expression: sa.ColumnElement[Any], column: Column) -> sa.ColumnElement[Any]:
+        """Its hash, in which a blank at the end counts, and which is narrow."""
+        return sa.func.md5(self.as_text(expression, column))
+
+    # Statements ---------------------------------------------------------------------------------
+
+    def bytewise(self, expression: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
+        """What `same` adds is enough."""
+        return expression
+
+    def same(
+        self, one: sa.ColumnElement[Any], other: sa.ColumnElement[Any], kind: str
+    ) -> sa.ColumnElement[bool]:
+        """
+        Texts that are equal but for blanks at their ends differ in length.
+
+        https://docs.aws.amazon.com/redshift/latest/dg/r_Examples_with_character_types.html. The
+        equality joins, the lengths are compared of what it found.
+        """
+        if kind == "text":
+            return sa.and_(one == other, sa.func.length(one) == sa.func.length(other))
+        return one == other
+
+    def differ(
+        self, one: sa.ColumnElement[Any], other: sa.ColumnElement[Any], kind: str
+    ) -> sa.ColumnElement[bool]:
+        """There is no IS DISTINCT FROM; see `same` for texts."""
+        no: sa.ColumnElement[Any] = sa.literal_column("0")
+        yes: sa.ColumnElement[Any] = sa.literal_column("1")
+        differs = sa.case(
+            (self.same(one, other, kind), no),
+            (sa.and_(one.is_(None), other.is_(None)), no),
+            else_=yes,
+        )
+        return differs == yes
+
+    def lacking(
+        self,
+        rows: sa.Select[Any],
+        stage: sa.FromClause,
+        column: sa.ColumnClause[Any],
+        same: Sequence[sa.ColumnElement[bool]],
+    ) -> sa.Select[Any]:
+        """By an outer join: a correlated subquery may not compare for NULL."""
+        there = stage.outerjoin(cast(sa.FromClause, column.table), sa.and_(*same))
+        return rows.select_from(there).where(column.is_(None))
+
+    def _empty(self, table: sa.TableClause, target: Target, name: str) -> sa.ColumnElement[bool]:
+        # Blanks alone equal '', but are something.
+        column = target.column(name)
+        if column.kind == "text" and not column.nullable:
+            return sa.func.length(table.c[column.name]) == 0
+        return super()._empty(table, target, name)
+
+    def lies_within(
+        self,
+        like: Column,
+        time: sa.ColumnElement[Any],
+        interval: Interval,
+        open_ended: bool,
+    ) -> sa.ColumnElement[bool]:
+        """The stage has the column's clock."""
+        return self.inside(time, interval.start, interval.end, open_ended)
+
+    def bounded(
+        self, like: Column, time: sa.ColumnElement[Any], bound: Bound
+    ) -> Sequence[sa.ColumnElement[bool]]:
+        """
+        Blocks whose times lie outside are skipped by their zone maps.
+
+        https://docs.aws.amazon.com/redshift/latest/dg/t_Sorting_data.html
+        """
+        where: list[sa.ColumnElement[bool]] = []
+        if bound.lower is not None and bound.lower > _FIRST_TIME:
+            where.append(time >= _constant(like, bound.lower))
+        if bound.upper is not None and bound.upper <= _LAST_TIME:
+            where.append(time < _constant(like, bound.upper))
+        return where
+
+    # Values -------------------------------------------------------------------------------------
+
+    def _check_against(
+        self, connection: sa.Connection, target: Target | None, step: Step
+    ) -> dict[str, TableError]:
+        refused = super()._check_against(connection, target, step)
+        if len(step.shape.equals) > 1 and not step.shape.versioned:
+            for row in step.rows:
+                # Further equalities are noted together, in one text.
+                noted = len(json.dumps(row.equals[1:], ensure_ascii=False).encode())
+                if noted > _WIDEST // 2:
+                    refused[row.update_id] = ValueRefusedError(
+                        f"table {step.table!r}: the further values that a row must equal have "
+                        f"{noted} bytes together, which the ledger does not hold; nothing of this "
+                        "update was written"
+                    )
+        return refused
+
+    def _holds_all(self, column: Column, values: Sequence[Value]) -> bool:
+        # One look at all texts together: most are ASCII, of which characters are bytes.
+        return (
+            super()._holds_all(column, values)
+            and cast(_Column, column).type != "bpchar"
+            and all(map(str.isascii, cast(Sequence[str], values)))
+        )
+
+    def _refuse(self, column: Column, value: Value) -> str | None:
+        reason = super()._refuse(column, value)
+        if reason is not None or value is None:
+            return reason
+        assert isinstance(column, _Column)
+        if isinstance(value, float) and column.scale is not None:
+            exact = Decimal(repr(value))
+            if exact != round(exact, column.scale):
+                return (
+                    f"a number with more decimals than it keeps was found; it is {column.declared}"
+                )
+        if not isinstance(value, str):
+            return None
+        if column.kind == "time" and parse_time(value) % column.precision:
+            return f"a time was found that is finer than what it keeps; it is {column.declared}"
+        if column.kind == "text":
+            try:
+                size = len(value.encode())
+            except UnicodeEncodeError:
+                return "a text with half a character was found, which UTF-8 does not have"
+            if column.width is not None and size > column.width:
+                return f"a text of {size} bytes was found; it is {column.declared}, in bytes"
+            if column.type == "bpchar" and not value.isascii():
+                return f"a text that is not ASCII was found; it is {column.declared}"
+            if column.type == "bpchar" and value.endswith(" "):
+                return (
+                    f"a text that ends with a blank was found; it is {column.declared}, "
+                    "which cuts it"
+                )
+        return None
+
+    # Errors -------------------------------------------------------------------------------------
+
+    def translate(self, error: BaseException | None) -> SinkError:
+        """By the SQLSTATE, and by Redshift's own numbers where that is ``XX000``."""
+        state, said = _read(error)
+        number = said[:4] if state == "XX000" else "1023" if state in _RETRIED else ""
+        if number in _VIOLATIONS:
+            return SinkUnavailableError(
+                f"{_VIOLATIONS[number]} ({state}, {number}); all was rolled back, a retry helps"
+            )
+        if state in _MADE_TWICE or (state == "23505" and "pg_" in said):
+            return SinkUnavailableError(
+                f"another session made the same table at the same moment ({state}); all was "
+                "rolled back, a retry helps"
+            )
+        if state == "57014":
+            return SinkUnavailableError(
+                f"the statement was cancelled: a lock was held for more than {self._timeout:g} "
+                f"seconds, it took more than {self._statement_timeout:g}, or somebody or a rule of "
+                "the workload management ended it; all was rolled back, a retry may help"
+            )
+        if state[:3] in ("57P", "25P") and state != "25P02":
+            return SinkUnavailableError(
+                f"the server ended the connection ({state}); nothing was written, a retry may help"
+            )
+        if state[:2] == "08":
+            return SinkUnavailableError(
+                f"the server cannot be reached, went away or refused ({state}); nothing was "
+                "written, a retry may help"
+            )
+        if state[:2] == "53":
+            return SinkUnavailableError(
+                f"the server has no more space, memory or connections ({state}); all was rolled "
+                "back, a retry may help"
+            )
+        if state == "42501":
+            return SinkReadOnlyError(
+                "the user may not do this; all was rolled back; run: "
+                "GRANT SELECT, UPDATE ON <table> TO <user>; "
+                f"GRANT SELECT, INSERT, DELETE ON {LEDGER.name} TO <user>, or, where there is none "
+                "yet, GRANT CREATE ON SCHEMA <schema> TO <user>; "
+                "GRANT TEMP ON DATABASE <database> TO <user>"
+            )
+        if state == "25006":
+            return SinkReadOnlyError(
+                "the server or the transaction may only read; nothing was written"
+            )
+        if state[:2] == "28":
+            return SinkError(
+                f"the credentials were refused or have expired ({state}); nothing was written"
+            )
+        if state in _GONE:
+            return TableError(
+                f"a database, schema, table or column is not there ({state}); all was rolled back"
+            )
+        if state[:2] in _REFUSED:
+            return TableError(
+                f"a type, a width or a constraint of a table refused the rows ({state}); all was "
+                "rolled back"
+            )
+        name = state or type(error).__name__
+        return SinkError(f"the server refused a statement ({name}); all was rolled back")
+
+
+class _Dialect(RedshiftDialect_redshift_connector):  # type: ignore[misc]
+    """
+    The dialect of redshift_connector, where errors of connections are such.
+
+    The driver lets errors of sockets through as they are, and the dialect does not know which of
+    its errors mean that the connection is gone.
+    """
+
+    registered = "redshift.recognition"
+    supports_statement_cache = False
+
+    def connect(self, *arguments: Any, **options: Any) -> Any:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            with self._reading():
+                return super().connect(*arguments, **options)
+        except (BotoCoreError, ClientError) as exc:
+            raise self.loaded_dbapi.InterfaceError({"C": "28000", "M": type(exc).__name__}) from exc
+
+    def is_disconnect(self, e: Any, connection: Any, cursor: Any) -> bool:
+        state, _ = _read(e)
+        return state[:2] == "08" or state[:3] == "57P"
+
+    def do_execute(self, cursor: Any, *arguments: Any, **options: Any) -> None:
+        with self._reading():
+            super().do_execute(cursor, *arguments, **options)
+
+    def do_execute_no_params(self, cursor: Any, *arguments: Any, **options: Any) -> None:
+        with self._reading():
+            super().do_execute_no_params(cursor, *arguments, **options)
+
+    def do_commit(self, dbapi_connection: Any) -> None:
+        with self._reading():
+            super().do_commit(dbapi_connection)
+
+    def do_rollback(self, dbapi_connection: Any) -> None:
+        with self._reading():
+            super().do_rollback(dbapi_connection)
+
+    def do_ping(self, dbapi_connection: Any) -> bool:
+        # Outside a transaction, which would go on, with a snapshot from before the lock.
+        dbapi_connection.autocommit = True
+        try:
+            with self._reading():
+                return bool(super().do_ping(dbapi_connection))
+        finally:
+            dbapi_connection.autocommit = False
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, struct.error) as exc:
+            gone = {"C": "08006", "M": type(exc).__name__}
+            raise self.loaded_dbapi.OperationalError(gone) from exc
+
+
+registry.register(_Dialect.registered, __name__, _Dialect.__name__)
+
+
+def _read(error: BaseException | None) -> tuple[str, str]:
+    """The SQLSTATE of a driver's error, and what the server said in the first place."""
+    told = error.args[0] if error is not None and error.args else ""
+    if isinstance(told, dict):  # redshift_connector
+        return str(told.get("C", "")), str(told.get("M", "")).strip()
+    state = getattr(error, "pgcode", None) or ""
+    if state:
+        return state, str(cast(Any, error).diag.message_primary or "").strip()
+    if type(error).__name__ in ("InterfaceError", "OperationalError"):
+        # Nothing of the server's: there was or is no connection, or it was not let in.
+        for refusal, pattern in _REFUSALS.items():
+            if re.search(pattern, str(told)):
+                return refusal, ""
+        return "08006", ""
+    return "", ""
+
+
+def _read_query(url: URL) -> dict[str, Any]:
+    """
+    What follows ``?`` as redshift_connector wants it.
+
+    Its own ``ssl`` is taken for false unless it is the constant: the text "true" would turn
+    encryption off.
+    """
+    truths = {"true": True, "false": False}
+    read: dict[str, Any] = {}
+    for name, value in url.query.items():
+        if not isinstance(value, str):
+            raise ConfigurationError(f"the URL names the option {name!r} more than once")
+        if name in _NUMBERS and value.isdecimal():
+            read[name] = int(value)
+        else:
+            read[name] = truths.get(value.lower(), value)
+    return read
+
+
+def _describe(
+    name: str,
+    declared: str,
+    type_: str,
+    modifier: int,
+    *,
+    nullable: bool = True,
+    preset: str = "",
+) -> _Column:
+    kind = "other"  # SUPER, GEOMETRY, VARBYTE and what else there is
+    width: int | None = None
+    low: float | None = None
+    high: float | None = None
+    precision = 1
+    scale: int | None = None
+    if type_ in _TEXTS:
+        kind = "text"
+        width = modifier - 4 if modifier > 4 else None
+    elif type_ in _BITS:
+        kind = "integer"
+        low, high = -(2 ** (_BITS[type_] - 1)), 2 ** (_BITS[type_] - 1) - 1
+    elif type_ == "numeric":
+        kind = "decimal"
+        if modifier > 4:
+            digits, scale = (modifier - 4) >> 16, (modifier - 4) & 0xFFFF
+            high = 10.0 ** (digits - scale) - 10.0**-scale
+            low = -high
+    elif type_ in _FLOATS:
+        kind, high = "float", _FLOATS[type_]
+        low = -high
+    elif type_ == "bool":
+        kind = "boolean"
+    elif type_ in _TIMES:
+        kind, precision = "time", _DAY if type_ == "date" else 1
+    return _Column(
+        name=name,
+        declared=declared,
+        kind=kind,
+        nullable=nullable,
+        width=width,
+        low=low,
+        high=high,
+        # https://docs.aws.amazon.com/redshift/latest/dg/r_CREATE_TABLE_NEW.html: IDENTITY. Its
+        # default is one of these functions.
+        generated=re.match(r'"?(default_)?identity"?\(', preset) is not None,
+        type=type_,
+        precision=precision,
+        scale=scale,
+    )
+
+
+def _is_moment(like: Column) -> bool:
+    return cast(_Column, like).type not in ("date", "timestamp")
+
+
+def _constant(like: Column, microseconds: int) -> sa.ColumnElement[Any]:
+    # Of the column's own type: what has to be converted is compared with no zone map.
+    return sa.literal(_clock(like, microseconds), TIMESTAMP(timezone=_is_moment(like)))
+
+
+def _clock(like: Column, microseconds: int) -> datetime:
+    moment = _EPOCH + microseconds * _MICROSECOND
+    return moment if _is_moment(like) else moment.replace(tzinfo=None)
+
+
+def _wire(column: StageColumn) -> Callable[[Any], Any] | None:
+    """What makes a value one that the drivers know."""
+    like = column.like
+    if like is None:
+        return None
+    if column.kind == "time":
+        return lambda microseconds: _clock(like, microseconds)
+    if like.kind == "decimal":
+        return lambda number: Decimal(repr(number))
+    return float if like.kind == "float" else None
+
+
+def _pages(rows: Sequence[tuple[Any, ...]]) -> Iterator[Sequence[tuple[Any, ...]]]:
+    """As many rows at a time as one statement holds."""
+    start = size = 0
+    for place, row in enumerate(rows):
+        # Every byte of a text may have to be escaped.
+        more = sum(2 * len(v.encode()) + 4 if isinstance(v, str) else 44 for v in row)
+        full = (place + 1 - start) * len(row) > _PAGE_VALUES or size + more > _PAGE_BYTES
+        if full and place > start:
+            yield rows[start:place]
+            start, size = place, 0
+        size += more
+    if start < len(rows):
+        yield rows[start:]
