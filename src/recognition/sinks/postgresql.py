@@ -189,7 +189,7 @@ class PostgresqlSink(SqlSink):
 
     indexed = True
     collating = ("text",)
-    # A temporary table costs some milliseconds and 0.3 MB of log for the system's own tables.
+    # A temporary table is some milliseconds, and 0.2 MB of log for the system's own tables.
     inline_rows = 100
     types: ClassVar[Mapping[str, str]] = {
         "text": "TEXT",
