@@ -83,7 +83,7 @@ def mariadb() -> Iterator[mariadb_server.GivenServer]:
     try:
         server = open_server()
     except MissingMariadbError as error:
-        if os.environ.get("RECOGNITION_REQUIRE_SERVERS") == "1":
+        if os.environ.get("RECOGNITION_TEST_REQUIRE_SERVERS") == "1":
             raise
         pytest.skip(str(error))
     with server:
@@ -98,7 +98,7 @@ def postgres() -> Iterator[postgres_server.GivenServer]:
     try:
         server = open_server()
     except MissingPostgresError as error:
-        if os.environ.get("RECOGNITION_REQUIRE_SERVERS") == "1":
+        if os.environ.get("RECOGNITION_TEST_REQUIRE_SERVERS") == "1":
             raise
         pytest.skip(str(error))
     with server:

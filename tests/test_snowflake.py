@@ -49,7 +49,7 @@ Opened = Callable[..., SnowflakeSink]
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """One server for each worker of xdist."""
-    if not PYTHON.exists() and os.environ.get("RECOGNITION_REQUIRE_SERVERS") != "1":
+    if not PYTHON.exists() and os.environ.get("RECOGNITION_TEST_REQUIRE_SERVERS") != "1":
         pytest.skip(MISSING)
     with open_server() as server:
         yield server
