@@ -472,7 +472,7 @@ class SqlSink(ABC):
 
         Its columns have the types that those of a stage would have. See `inline_rows`.
         """
-        raise NotImplementedError
+        raise NotImplementedError("a sink that sets inline_rows says how rows become a table")
 
     def locked(
         self, transaction: Transaction, tables: Sequence[str]
