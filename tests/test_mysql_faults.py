@@ -1,14 +1,12 @@
 """
 Several processes and a MariaDB at once, and what is left when some of them are killed.
 
-``RECOGNITION_SINK_RACE_RUNS`` and ``RECOGNITION_SINK_FAULT_POINTS`` say how often; by default a few
-times.
+How often says `sink_races`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -26,14 +24,15 @@ from recognition.errors import OutcomeUnknownError, SinkUnavailableError
 from recognition.planner import plan_updates
 from recognition.sinks import open_sink
 from recognition.sinks.mysql import MysqlSink
-from recognition.testing.sinks import between, device, row, unknown, update
+from sink_races import (
+    POINTS,
+    RUNS,
+    expect,
+    make_plans,
+    make_rows,
+    make_window,
+)
 from test_mysql import Database, _await_gone
-
-RUNS = int(os.environ.get("RECOGNITION_SINK_RACE_RUNS", "4"))
-POINTS = int(os.environ.get("RECOGNITION_SINK_FAULT_POINTS", "8"))
-
-DEVICES = 30
-TIMES = 20
 
 # Each row is a transaction of its own, as a pipeline's would be.
 _INSERTER = """
@@ -47,52 +46,6 @@ for line in sys.stdin:
             cursor.execute(statement, row)
     print(len(rows), flush=True)
 """
-
-Window = Sequence[Any]
-
-
-def _window(random: Random, table: str, versioned: bool, size: int = 120) -> list[Any]:
-    """Many updates of few devices, whose intervals overlap."""
-    window = []
-    for sequence in range(1, size + 1):
-        start = random.randrange(TIMES)
-        span = between(start, start + random.randint(1, TIMES))
-        values = {"user_id" if versioned else "stitched_user_id": f"u{sequence}"}
-        criteria = [device(f"a{random.randrange(DEVICES)}"), span]
-        criteria += [unknown()] if versioned else []
-        window.append(update(sequence, values, *criteria, table=table, versioned=versioned))
-    return window
-
-
-def _rows(table: str) -> list[Mapping[str, object]]:
-    return [row(f"{n}-{t}", f"a{n}", t) for n in range(DEVICES) for t in range(TIMES)]
-
-
-def _expected(window: Window) -> dict[object, object]:
-    """By row, what the greatest sequence says that meets it."""
-    expected: dict[object, object] = {}
-    for each in _rows(""):
-        meeting = [
-            u
-            for u in window
-            if u.where[0].value == each["anonymous_id"]
-            and u.where[1].start <= each["timestamp"] < u.where[1].end
-        ]
-        last = max(meeting, key=lambda u: u.sequence, default=None)
-        owner = None if last is None else next(v for k, v in last.set.items() if "user_id" in k)
-        expected[each["message_id"]] = owner
-    return expected
-
-
-def _plans(random: Random, window: Window) -> list[list[Any]]:
-    """The window in any order, in plans of any size."""
-    shuffled = random.sample(window, len(window))
-    plans = []
-    while shuffled:
-        size = random.randint(1, 40)
-        plans.append(shuffled[:size])
-        shuffled = shuffled[size:]
-    return plans
 
 
 def _make_table(database: Database, table: str, rows: Sequence[Mapping[str, object]]) -> None:
@@ -159,8 +112,8 @@ def test_processes_with_overlapping_windows_and_a_pipeline_that_inserts(
             table = f"events_{run}"
             versioned = run % 2 == 1
             column = "user_id" if versioned else "stitched_user_id"
-            window = _window(random, table, versioned)
-            rows = _rows(table)
+            window = make_window(random, table, versioned)
+            rows = make_rows()
             random.shuffle(rows)
             there, later = rows[: len(rows) // 2], rows[len(rows) // 2 :]
             _make_table(database, table, there)
@@ -173,14 +126,14 @@ def test_processes_with_overlapping_windows_and_a_pipeline_that_inserts(
             ]
 
             for worker in workers:  # all of the window, and half of it twice
-                worker.begin(_plans(random, window))
+                worker.begin(make_plans(random, window))
             inserter.stdin.write(json.dumps([insert, lines]) + "\n")
             inserter.stdin.flush()
             for worker in workers:
                 worker.end()
             assert int(inserter.stdout.readline()) == len(later)
 
-            expected = _expected(window)
+            expected = expect(window)
             found = database.column(column, table)
             missed = {r["message_id"] for r in later}
             assert len(found) == len(expected)
@@ -202,9 +155,9 @@ def test_a_client_that_is_killed_at_any_point(database: Database) -> None:
     for point in range(POINTS):
         table = f"events_{point}"
         versioned = point % 2 == 1
-        window = _window(random, table, versioned)
-        plans = _plans(random, window)
-        _make_table(database, table, _rows(table))
+        window = make_window(random, table, versioned)
+        plans = make_plans(random, window)
+        _make_table(database, table, make_rows())
         with Worker(database.url) as worker:
             worker.begin(plans)
             ended = threading.Thread(target=worker.process.stdout.readline)  # type: ignore[union-attr]
@@ -219,7 +172,7 @@ def test_a_client_that_is_killed_at_any_point(database: Database) -> None:
             worker.end()
 
         column = "user_id" if versioned else "stitched_user_id"
-        assert database.column(column, table) == _expected(window), f"point {point}"
+        assert database.column(column, table) == expect(window), f"point {point}"
     assert survived < POINTS
 
 
@@ -256,8 +209,8 @@ def test_a_connection_that_is_cut_at_any_point(database: Database) -> None:
         for point in range(POINTS):
             table = f"events_{point}"
             versioned = point % 2 == 1
-            window = _window(random, table, versioned, size=40)
-            _make_table(database, table, _rows(table))
+            window = make_window(random, table, versioned, size=40)
+            _make_table(database, table, make_rows())
             left["statements"] = random.randint(1, 16 if versioned else 28)
             while True:
                 try:
@@ -268,5 +221,5 @@ def test_a_connection_that_is_cut_at_any_point(database: Database) -> None:
 
             assert applied.rejected == ()
             column = "user_id" if versioned else "stitched_user_id"
-            assert database.column(column, table) == _expected(window), f"point {point}"
+            assert database.column(column, table) == expect(window), f"point {point}"
     assert len(cut) > POINTS // 2

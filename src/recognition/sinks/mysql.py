@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import pymysql
 import sqlalchemy as sa
@@ -520,7 +520,7 @@ class MysqlSink(SqlSink):
             super()._holds_all(column, values)
             and not column.padded
             and column.octets is None
-            and all(map(str.isascii, values))  # type: ignore[arg-type]
+            and all(map(str.isascii, cast(Sequence[str], values)))
         )
 
     def _refuse(self, column: Column, value: Value) -> str | None:

@@ -705,7 +705,7 @@ class RedshiftSink(SqlSink):
         return SinkError(f"the server refused a statement ({name}); all was rolled back")
 
 
-class _Dialect(RedshiftDialect_redshift_connector):  # type: ignore[misc]
+class _Dialect(RedshiftDialect_redshift_connector):  # type: ignore[misc] # it has no types
     """
     The dialect of redshift_connector, where errors of connections are such.
 
