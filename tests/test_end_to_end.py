@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from oracle import Oracle, make_event
-from recognition.attribution import DAY, Policy
+from recognition.attribution import DAY, AttributionRules, Policy
 from recognition.cli import main
 from recognition.delivery import deliver
 from recognition.errors import TableError, ValueRefusedError
@@ -32,7 +32,7 @@ from recognition.layouts import layout_named
 from recognition.messages import UpdateByCriteria
 from recognition.planner import plan_updates
 from recognition.recognizer import Recognition, Recognizer
-from recognition.rules import Rules, Supersede
+from recognition.rules import References, Rules, Supersede, TableRules
 from recognition.sinks import open_sink
 from recognition.sinks.sql import SqlSink
 from test_decisions import LOOKBACK, MODES, STEPS, deliveries, rules_of, target_of, untie
@@ -312,6 +312,46 @@ def test_processes_that_share_graph_and_sink_leave_the_rows_of_one(
 
     assert [process.returncode for process in running] == [0, 0, 0], errors
     assert read_column(tmp_path / "warehouse.db", target) == oracle.owners()
+
+
+@pytest.mark.parametrize("references", References)
+@pytest.mark.parametrize("late", [(0, 1), (0,), (1,)])
+def test_a_window_that_was_held_up_does_not_undo_a_later_one(
+    late: tuple[int, ...], references: References, tmp_path: Path
+) -> None:
+    """
+    The row of an email is the email's person's, also when older updates of its device come last.
+
+    A worker that holds leased updates for longer than its lease applies them after another one has
+    applied them and what followed.
+    """
+    rules = Rules(
+        attribution=AttributionRules(policy=Policy.FIRST_CLAIM),
+        target_column="stitched",
+        default=TableRules(references=references),
+    )
+    graph = SqliteGraph(":memory:")
+    sink: Any = open_sink(f"sqlite:///{tmp_path}/warehouse.sqlite")
+    recognizer = Recognizer(graph, rules)
+    updates: list[list[UpdateByCriteria]] = []
+    for batch in (
+        [make_event("seen", 2 * DAY, "d"), make_event("seen later", 4 * DAY, "d")],
+        [make_event("claim", 1 * DAY, "d", user_id="u5")],  # the range from day 2 to day 4, or more
+        [make_event("email", 3 * DAY, "d", email="a@x.com")],  # and this row is in it
+        [make_event("link", 9 * DAY, None, user_id="u3", email="a@x.com")],
+    ):
+        load_rows(sink, recognizer, recognizer.process(batch))
+        leased = graph.lease_updates(100, 60)
+        graph.acknowledge([item.position for item in leased])
+        if leased:
+            updates.append([item.update for item in leased])
+    for window in (*updates, [update for place in late for update in updates[place]]):
+        assert sink.apply(plan_updates(window)).rejected == ()
+    sink.close()
+    rows = read_column(tmp_path / "warehouse.sqlite", "stitched")
+
+    assert len(updates) == 2 + (references is not References.IDS)
+    assert rows == {"seen": "u5", "seen later": "u5", "claim": "u5", "email": "u3", "link": "u3"}
 
 
 #: What happened before, in a worker's batch, while its row was not visible, and the row at the end.

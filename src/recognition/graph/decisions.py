@@ -22,6 +22,9 @@ Which update is right to send is said once, in `_emit_device` and `_emit_range`:
   named by message id.
 * A range holds for every anonymous row of the device in it, those that are still on their way
   included: the span has one owner.
+* Where updates are told apart by a column of recognition's own, all that may meet the same row ask
+  for it by the same key, so that a sink can keep their order: a row of an identified event that
+  names no user is asked for by its device, as the ranges do that may have met it before.
 """
 
 from __future__ import annotations
@@ -838,6 +841,7 @@ class _Decision:
         """Emit updates for the rows of these very events, where they hold something else."""
         by_device: dict[str, list[tuple[Observation, Owner | None, Owner | None]]] = {}
         by_id: dict[tuple[str, Owner | None], dict[str, int]] = {}
+        device_of: dict[str, str] = {}
         by_user: dict[tuple[str, str, Owner | None], list[int]] = {}
         identified: set[int] = set()
         for o, old, new in zip(observations, hold, owners, strict=True):
@@ -852,6 +856,8 @@ class _Decision:
                 for table in o.tables:
                     by_user.setdefault((table, o.known[0].value, new), []).append(o.time)
             elif self._rules.has_own_column or not o.names_user:
+                if o.anonymous_id is not None:
+                    device_of[o.message_id] = o.anonymous_id
                 for table in o.tables:
                     by_id.setdefault((table, new), {})[o.message_id] = o.time
         self._store.lock({devices[value].handle for value in by_device}, identified)
@@ -860,7 +866,7 @@ class _Decision:
         for value, rows in by_device.items():
             self._write_device_rows(value, devices[value], rows)
         for (table, new), refs in by_id.items():
-            self._emit_messages(table, refs, new, Cause())
+            self._emit_messages(table, refs, device_of, new, Cause())
         for (table, user, new), times in by_user.items():
             criteria: list[Criterion] = [
                 Equals(column=self._rules.layout.columns_of(table).user_id, value=user),
@@ -947,11 +953,8 @@ class _Decision:
             if tables:
                 self._store.lock({device.handle}, ())
             for table in tables:
-                columns = self._rules.layout.columns_of(table)
-                criteria: list[Criterion] = [Equals(column=columns.anonymous_id, value=value)]
-                if self._rules.has_own_column and not self._rules.identified_follow_device:
-                    # As all updates of a device ask: a later one takes the place of this one.
-                    criteria.append(Empty(column=columns.user_id))
+                # As all updates of a device ask: a later one takes the place of this one.
+                criteria = self._of_device(table, value)
                 criteria.append(self._messages(table, [(o.message_id, o.time)]))
                 self._emit(table, owner, criteria, 1, Cause(anonymous_id=value))
 
@@ -1253,6 +1256,7 @@ class _Decision:
             return
         held = self._store.held(owners)
         rows = self._store.rows({-handle: (BEGINNING, END) for handle in owners})
+        device_of = self._devices_of({-subject: found for subject, found in rows.items()})
         cause = Cause(message_id=message_id)
         for handle, new in owners.items():
             identifier, known = held[handle]
@@ -1261,7 +1265,7 @@ class _Decision:
                 for table in tables:
                     referenced.setdefault(table, {}).update(refs)
             for table, found in sorted(referenced.items()):
-                self._emit_messages(table, found, new, cause)
+                self._emit_messages(table, found, device_of, new, cause)
             if not self._rules.has_own_column or identifier.type != USER_ID:
                 continue
             if known.seen.only_previous:
@@ -1275,6 +1279,29 @@ class _Decision:
                 if self._rules.identified_follow_device:
                     criteria.append(Empty(column=columns.anonymous_id))
                 self._emit(table, new, criteria, None, cause)
+
+    def _devices_of(self, rows: Mapping[int, Rows]) -> dict[str, str]:
+        """By message id, the devices of identified rows, where these are asked for by them."""
+        if not rows or not self._named_by_device:
+            return {}
+        times = [t for r in rows.values() for refs in r.references.values() for t in refs.values()]
+        timelines = self._store.claimed_by(rows) if times else set()
+        if not timelines:
+            return {}
+        names = self._store.anonymous_ids(timelines)
+        soft = self._store.soft_claims(dict.fromkeys(timelines, (min(times), max(times))))
+        found: dict[str, str] = {}
+        several = set()  # a message that came again, from another device
+        for timeline, claims in soft.items():
+            for claim in claims:
+                if found.setdefault(claim.message_id, names[timeline]) != names[timeline]:
+                    several.add(claim.message_id)
+        return {message_id: d for message_id, d in found.items() if message_id not in several}
+
+    @property
+    def _named_by_device(self) -> bool:
+        """Whether rows of identified events that name no user are asked for by their device."""
+        return self._rules.has_own_column and not self._rules.identified_follow_device
 
     def _read_soft(self, windows: Mapping[int, tuple[int, int]]) -> None:
         """What `_holes` will ask for."""
@@ -1304,13 +1331,8 @@ class _Decision:
 
         ``whole``: these are all rows of the device that the graph knows in their range.
         """
-        columns = self._rules.layout.columns_of(table)
         target = self._rules.target_of(table)
-        criteria: list[Criterion] = [
-            Equals.model_construct(column=columns.anonymous_id, value=anonymous_id)
-        ]
-        if self._rules.has_own_column and not self._rules.identified_follow_device:
-            criteria.append(Empty(column=columns.user_id))
+        criteria = self._of_device(table, anonymous_id)
         expected = True
         if self._rules.supersede_of(table) is Supersede.REFERENCES:
             if old is not None or not whole or timeline in self._taken_back:
@@ -1340,12 +1362,32 @@ class _Decision:
         self,
         table: str,
         refs: Mapping[str, int],
+        device_of: Mapping[str, str],
         new: Owner | None,
         cause: Cause,
     ) -> None:
-        """Update the rows of these messages, whatever device they are from."""
-        for part in _parts(refs):
-            self._emit(table, new, [self._messages(table, part)], len(part), cause)
+        """
+        Update the rows of these messages.
+
+        ``device_of``: by message id, the devices of those that have one and name no user.
+        """
+        by_device: dict[str | None, dict[str, int]] = {}
+        for message_id, time in refs.items():
+            device = device_of.get(message_id) if self._named_by_device else None
+            by_device.setdefault(device, {})[message_id] = time
+        for device, found in by_device.items():
+            criteria = [] if device is None else self._of_device(table, device)
+            for part in _parts(found):
+                named = [*criteria, self._messages(table, part)]
+                self._emit(table, new, named, len(part), cause)
+
+    def _of_device(self, table: str, anonymous_id: str) -> list[Criterion]:
+        """What selects the rows of a device; whose rows name a user are not its own."""
+        columns = self._rules.layout.columns_of(table)
+        device = Equals.model_construct(column=columns.anonymous_id, value=anonymous_id)
+        if not self._named_by_device:
+            return [device]
+        return [device, Empty.model_construct(column=columns.user_id)]
 
     def _emit_range(
         self,
@@ -1362,15 +1404,11 @@ class _Decision:
         The whole span is named, not only where rows are known to be: so the update takes the
         place of every older one there, also for rows that were stamped in between.
         """
-        columns = self._rules.layout.columns_of(table)
-        device = Equals(column=columns.anonymous_id, value=anonymous_id)
+        device = self._of_device(table, anonymous_id)
         start, end = max(change.start, BEGINNING), min(change.end, _LAST_TIME)
-        guard: list[Criterion] = []
-        if self._rules.has_own_column and not self._rules.identified_follow_device:
-            guard.append(Empty(column=columns.user_id))
         for low, high in _around(start, end, self._holes(timeline, start, end, new)):
             between = self._between(table, low, high)
-            self._emit(table, new, [device, *guard, between], None, cause)
+            self._emit(table, new, [*device, between], None, cause)
 
     def _holes(self, timeline: int, low: int, high: int, new: Owner | None) -> list[int]:
         """The times at which a row of somebody else lies that looks anonymous to the table."""

@@ -729,7 +729,9 @@ class _SqliteStore:
         return {
             timeline
             for (timeline,) in self._select_in(
-                "SELECT timeline FROM claimants WHERE NOT barred AND identifier IN ({})",
+                "SELECT timeline FROM claimants AS c WHERE (NOT barred OR EXISTS"
+                " (SELECT 1 FROM claims WHERE claims.timeline = c.timeline"
+                " AND claims.identifier = c.identifier)) AND identifier IN ({})",
                 (),
                 identifiers,
             )
