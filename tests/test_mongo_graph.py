@@ -26,7 +26,7 @@ from pymongo.read_concern import ReadConcern
 import mongod
 from mongod import Client, GivenServer, Server
 from oracle import make_event
-from recognition.attribution import DAY
+from recognition.attribution import DAY, AttributionRules, Policy
 from recognition.errors import (
     ConfigurationError,
     GraphReadOnlyError,
@@ -1017,3 +1017,51 @@ def test_a_day_that_is_noted_while_compact_looks_loses_no_row(mongodb_url: str) 
     assert listener.is_done
     assert freed > 0
     assert documents == references == 3
+
+
+@pytest.mark.parametrize("stamps", [True, False])
+def test_a_day_that_two_workers_mark_has_rows_of_both(stamps: bool, mongodb_url: str) -> None:
+    """
+    A claim names the day that its own batch has marked, too: another row may lie on it by then.
+
+    One worker marks the day; another one finds it marked, sees no claim yet and is done; then the
+    first one decides about the claim of its batch.
+    """
+    rules = Rules(
+        attribution=AttributionRules(policy=Policy.FIRST_CLAIM),
+        target_column="stitched",
+        default=TableRules(references=References.DAYS),
+        stamps=stamps,
+    )
+    warehouse = Warehouse()
+    with MongoGraph(mongodb_url) as first, MongoGraph(mongodb_url) as second:
+        announce = first._announce
+        other = [make_event("other", 5 * DAY + 1, "d")]
+
+        def announce_and_wait(*arguments: Any) -> Any:
+            announced = announce(*arguments)
+            take(second, other)
+            return announced
+
+        def take(graph: MongoGraph, batch: list[Event]) -> None:
+            recognizer = Recognizer(graph, rules)
+            for table, rows in recognizer.rows(recognizer.process(batch)).items():
+                warehouse.load(table, rows)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(first, "_announce", announce_and_wait)
+            take(
+                first,
+                [
+                    make_event("mine", 5 * DAY, "d"),
+                    make_event("claim", 6 * DAY, "d", user_id="u1"),
+                ],
+            )
+        warehouse.apply(item.update for item in first.lease_updates(100, 60))
+    rows = warehouse.tables["events"]
+
+    assert {name: row.get("stitched") for name, row in rows.items()} == {
+        "mine": "u1",
+        "other": "u1",
+        "claim": "u1",
+    }

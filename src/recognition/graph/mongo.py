@@ -720,7 +720,12 @@ class MongoGraph(StoredGraph):
         observations: Sequence[Observation],
         session: ClientSession,
     ) -> set[bytes]:
-        """Rule 1. Gives the keys of the documents that were not there before."""
+        """
+        Rule 1. Gives the keys of the documents that nobody else has rows in.
+
+        A reference that was not there before is of a row of this batch. A day is never only ours:
+        whoever found it marked has a row on it too, and may not have seen what we decide.
+        """
         places = {o.tables for o in observations}
         # A place is a part of the document that the rules make.
         self._decided_with(workspace, rules.fingerprint, reads_only=False)
@@ -732,7 +737,7 @@ class MongoGraph(StoredGraph):
         )
         if days:
             marks = {(name[value], o.tables, o.time // DAY) for value, o in days}
-            fresh |= self._write_days(workspace, marks, session)
+            self._write_days(workspace, marks, session)
         return fresh
 
     def _write_references(
@@ -840,9 +845,8 @@ class MongoGraph(StoredGraph):
         workspace: _Workspace,
         days: Collection[tuple[bytes, tuple[str, ...], int]],
         session: ClientSession,
-    ) -> set[bytes]:
+    ) -> None:
         self._add_places(workspace, {tables for _, tables, _ in days})
-        fresh: set[bytes] = set()
         keys: dict[str, list[bytes]] = {}
         for subject, tables, day in days:
             slot = (workspace.places[tables] * 4 + _DAY_KIND).to_bytes(3)
@@ -851,10 +855,8 @@ class MongoGraph(StoredGraph):
                 keys.setdefault(_rows_of(key[:-_REST]), []).append(key)
         self._note(workspace, (), {day for _, _, day in days})
         for name, new in keys.items():
-            fresh.update(new)
-            fresh.difference_update(self._insert(name, [{"_id": key} for key in new], session))
+            self._insert(name, [{"_id": key} for key in new], session)
             self._known_days.add(new)
-        return fresh
 
     def _read_rows(
         self,
