@@ -197,6 +197,15 @@ class Graph(Protocol):
     def backlog(self, destination: str = "") -> Backlog:
         """What a destination has not done. Reads all of it: now and then, not for each window."""
 
+    def restate(self, rules: Rules, size: int = 200) -> Iterator[list[UpdateByCriteria]]:
+        """
+        All that the graph knows about rows of a workspace, as updates that say it once more.
+
+        For a destination that was added later; rows that hold another owner are set too. Nothing is
+        put into the outbox. Read while it is taken, ``size`` devices or identifiers in a
+        transaction: what is decided meanwhile has greater numbers than what was given before.
+        """
+
     def stats(self) -> GraphStats:
         """Count what is there. Reads all of it: not for the hot path."""
 
@@ -293,6 +302,24 @@ class StoredGraph(ABC):
         """See `Graph.explain`."""
         with self._reader(rules.workspace) as store:
             return explain(store, rules, subject)
+
+    def restate(self, rules: Rules, size: int = 200) -> Iterator[list[UpdateByCriteria]]:
+        """See `Graph.restate`."""
+
+        def page(after: int, known: bool) -> tuple[list[int], list[UpdateByCriteria]]:
+            def work(store: Store) -> tuple[list[int], list[UpdateByCriteria]]:
+                handles = store.page(after, size, known=known)
+                devices, people = ([], handles) if known else (handles, [])
+                return handles, decisions.restate(store, rules, devices, people)
+
+            return self._run(rules, work)
+
+        for known in (False, True):
+            handles, updates = page(0, known)
+            while handles:
+                if updates:
+                    yield updates
+                handles, updates = page(handles[-1], known)
 
     def decided_with(self, workspace: str) -> str | None:
         """See `Graph.decided_with`."""

@@ -620,6 +620,14 @@ class _MemoryStore:
         self.sequence = self.last_sequence() + 1
         return self.sequence
 
+    def page(self, after: int, limit: int, *, known: bool) -> list[int]:
+        mine = self.by_handle if known else self.claimed
+        below: list[int] = []
+        if self.below is not None and after < self.first:
+            below = self.below.page(after, limit, known=known)
+        found = {*below, *(handle for handle in mine if handle > after)}
+        return sorted(found)[:limit]
+
     def lock(self, timelines: Collection[int], identifiers: Collection[int]) -> None:
         pass  # writers take turns
 

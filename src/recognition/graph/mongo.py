@@ -2057,6 +2057,14 @@ class _MongoStore:
 
     # ---------------------------------------------------------------- order
 
+    def page(self, after: int, limit: int, *, known: bool) -> list[int]:
+        chosen: _Document = {"_id": {"$gt": _key(after)}, "w": self._workspace.name}
+        chosen |= {"t": {"$exists": True}} if known else {"n": {"$gt": 0}}
+        found = self._db["subjects"].find(
+            chosen, {"_id": 1}, session=self._session, sort=[("_id", 1)], limit=limit
+        )
+        return [int.from_bytes(document["_id"]) for document in found]
+
     def lock(self, timelines: Collection[int], identifiers: Collection[int]) -> None:
         self._locked.update(map(_key, timelines))
         self._locked.update(map(_key, identifiers))

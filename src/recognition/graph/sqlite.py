@@ -1258,6 +1258,14 @@ class _SqliteStore:
         self._set("sequence", sequence)
         return sequence
 
+    def page(self, after: int, limit: int, *, known: bool) -> list[int]:
+        table = "identifiers" if known else "claimed"
+        found = self._connection.execute(
+            f"SELECT id FROM {table} WHERE id > ? AND workspace = ? ORDER BY id LIMIT ?",
+            (after, self._workspace, limit),
+        )
+        return [handle for (handle,) in found]
+
     def lock(self, timelines: Collection[int], identifiers: Collection[int]) -> None:
         pass  # writers take turns
 

@@ -1291,6 +1291,49 @@ class GraphTests:
         assert graph.destinations() == {}
         assert [d.update.set["user_id"] for d in graph.lease_updates(10, 600)] == ["u2"]
 
+    def test_restate_says_everything_once_more(self, graph: Graph) -> None:
+        """Rows that were never told anything, or something else, get the owners of now by it."""
+        without = TableRules(references=References.NONE)
+        told = []
+        for rules in (
+            Rules(workspace="w1"),
+            replace(_DAYS, workspace="w2"),
+            Rules(workspace="w3", target_column="stitched_user_id", default=without),
+        ):
+            journey = Journey(graph, rules)
+            journey.take(*(event(f"a{n}", n, "d1") for n in range(6)), event("nobody", 1, "d9"))
+            journey.take(event("c1", 2.5, "d1", user="u1"), event("c2", 4.5, "d1", email="e@x.com"))
+            journey.take(event("link", 7, user="u2", email="e@x.com"))
+            journey.take(event("gone", 1, "d2"), event("c3", 2, "d2", user="u3"))
+            journey.recognizer.forget(Identifier("user_id", "u3"), at(100))
+            journey.deliver()
+            right = journey.owners()
+            target = rules.target_of("events")
+            for message_id, row in journey.tables["events"].items():
+                if message_id.startswith("a"):
+                    row[target] = None if message_id < "a3" else "u3"
+                elif message_id == "gone":
+                    row[target] = "u3"
+                elif rules.has_own_column:
+                    row[target] = None
+            updates = [update for part in graph.restate(rules, size=2) for update in part]
+            for update in updates:
+                journey.apply(update)
+            told.append((right, journey.owners()))
+            numbers = [update.sequence for update in updates]
+            later = journey.recognizer.process([event("late", 3, "d1", user="u4")])
+            following = [delivery.update.sequence for delivery in drain(graph)]
+
+            assert numbers == sorted(set(numbers))
+            assert later.updates > 0
+            assert min(following) > max(numbers)
+
+        for right, found in told:
+            assert found == right
+            assert right["nobody"] is right["gone"] is None
+            assert {right["a0"], right["a3"], right["a5"]} == {"u1", "u2"}
+        assert drain(graph) == []
+
     # Rows on their way -------------------------------------------------------------------------
 
     def test_flushed_makes_good_what_happened_in_between(self, graph: Graph) -> None:
