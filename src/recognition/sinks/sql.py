@@ -11,8 +11,9 @@ and setting such a column to null writes ``''``. A number or truth value that is
 column becomes text. ``equals`` is exact: case, blanks and collation do not blur it.
 
 **Which update stands.** In a table with ``recognition_version`` each row says by which update it
-was written: a row is set when its version is smaller, and ``empty`` on a column that is set also
-lets pass what has a version, because recognition wrote it. (Where such an update asks for no
+was written: a row is set when its version is smaller (or is the update's own, and the row was
+overwritten by something else), and ``empty`` on a column that is set also lets pass what has a
+version, because recognition wrote it. (Where such an update asks for no
 ``empty`` of what it sets, all columns that it sets must be empty, or the row have a version.) For
 other tables ``recognition_ledger``, beside the rows and in the same transaction, remembers which
 update took which interval of which key; what a later one took is cut out of an earlier one that
@@ -831,21 +832,24 @@ class SqlSink(ABC):
             for place, column in enumerate(shape.columns)
             if column != VERSION_COLUMN
         }
+        differs = [
+            self._differ(column, staged, target.column(column.name), target)
+            for column, staged in values.items()
+        ]
         own_empty = [column for column in shape.empty if column in shape.columns]
         if shape.versioned:
             version = table.c[target.column(VERSION_COLUMN).name]
             values[version] = stage.c.sequence
             own_empty = own_empty or [c for c in shape.columns if c != VERSION_COLUMN]
             empty = sa.and_(*(self._empty(table, target, column) for column in own_empty))
-            where.append(sa.or_(version.is_(None), version < stage.c.sequence))
+            # A pipeline that writes a row again may set the event's own columns alone, and leave
+            # the version of the update that it overwrites: that update may set the row once more.
+            overwritten = sa.and_(version == stage.c.sequence, sa.or_(*differs))
+            where.append(sa.or_(version.is_(None), version < stage.c.sequence, overwritten))
             where.append(sa.or_(empty, version.is_not(None)))
         else:
             where += [self._empty(table, target, column) for column in own_empty]
             if not _fills(step, own_empty):
-                differs = [
-                    self._differ(column, staged, target.column(column.name), target)
-                    for column, staged in values.items()
-                ]
                 where.append(sa.or_(*differs))
         where += self._bounds(table, step, target)
         where += self._spare(table, stage, step, target, spare)
