@@ -240,21 +240,47 @@ class Deliverer:
         """By destination, what it was given so far."""
         return {line.destination.name: line.served for line in self._lines}
 
-    def run(self, stop: threading.Event) -> None:
+    def register(self) -> None:
         """
-        Deliver until ``stop`` is set; windows in flight are finished first.
+        Make the outbox serve the destinations; the second time nothing happens.
 
-        Raises:
-            RecognitionError: The outbox serves no such names; nothing was applied. What fails later
-                is waited for, never raised.
+        Where the graph is empty they have nothing to be filled with. So it is called before the
+        first event comes in.
         """
         empty = self._rules is not None and self._graph.decided_with(self._rules.workspace) is None
         for line in self._lines:
             name = line.destination.name
             self._graph.add_destination(name, filled=self._rules is None or empty)
             line.unfilled = not self._graph.destinations()[name]
+
+    @property
+    def idle(self) -> bool:
+        """Every destination was asked since `wake`, and has nothing to be applied now, or fails."""
+        return all(line.idle for line in self._lines)
+
+    def wake(self) -> None:
+        """There may be something to do: `idle` is to be found out anew."""
+        for line in self._lines:
+            line.idle = False
+
+    def run(self, stop: threading.Event, *, fill_now: bool = False) -> None:
+        """
+        Deliver until ``stop`` is set; windows in flight are finished first.
+
+        Args:
+            stop: Ends it.
+            fill_now: A new destination is filled at once, and not only after rows of before it was
+                registered have settled.
+
+        Raises:
+            RecognitionError: The outbox serves no such names; nothing was applied. What fails later
+                is waited for, never raised.
+        """
+        self.register()
         threads = [
-            threading.Thread(target=line.run, args=(stop,), name=f"to {line.destination.name}")
+            threading.Thread(
+                target=line.run, args=(stop, fill_now), name=f"to {line.destination.name}"
+            )
             for line in self._lines
         ]
         for thread in threads:
@@ -286,6 +312,7 @@ class _Line:
         self.destination = destination
         self.served = Served()
         self.unfilled = False
+        self.idle = False
         self._of = deliverer
         self._graph = deliverer._graph
         self._size = destination.window
@@ -296,11 +323,13 @@ class _Line:
         self._refused: dict[int, int] = {}
         self._applied_since: set[int] = set()
 
-    def run(self, stop: threading.Event) -> None:
+    def run(self, stop: threading.Event, fill_now: bool) -> None:
         """Serve the destination until the end."""
-        filling = time.monotonic() + self.destination.settle
+        # What was on its way when the destination was registered has arrived by then.
+        filling = time.monotonic() + (0 if fill_now else self.destination.settle)
         while not stop.is_set():
             pause = 0.0
+            woken = not self.idle
             try:
                 if self.unfilled and time.monotonic() >= filling:
                     self._fill(stop)
@@ -311,8 +340,12 @@ class _Line:
                     self._carry(leased)
                 if len(leased) < self._size:
                     pause = self._of._every
+                if woken and not leased:
+                    self.idle = True
             except Exception as exc:
                 pause = self._failed(exc)
+                if woken and self.served.failing >= CIRCUIT_OPENS:
+                    self.idle = True
             stop.wait(pause)
 
     def _failed(self, exc: Exception) -> float:

@@ -101,7 +101,7 @@ class Worker:
         pauses: tuple[float, float] = (1.0, 60.0),
     ) -> None:
         self._recognizer = recognizer
-        self._sources = sources
+        self.sources = list(sources)
         self._deliverer = deliverer
         self._format = format
         self._batch_size = batch_size
@@ -150,24 +150,34 @@ class Worker:
             ):  # fmt: skip
                 setattr(taken, name, getattr(taken, name) + getattr(done, name))
 
-    def run(self, stop: threading.Event) -> None:
+    def run(self, stop: threading.Event, *, once: bool = False) -> None:
         """
         Work until ``stop`` is set, or a source cannot go on; then finish what was begun.
 
         Where all sources have come to their end by themselves, delivery goes on until ``stop``.
+
+        Args:
+            stop: Ends it; it is set when this returns.
+            once: End when all sources have come to their end, and no destination has anything left
+                that can be applied now. What is held until its rows have settled stays held.
 
         Raises:
             Exception: What the source raised that cannot go on.
         """
         threads = [
             threading.Thread(target=self._feed, args=(source, stop), name=type(source).__name__)
-            for source in self._sources
+            for source in self.sources
         ]
+        if self._deliverer is not None:
+            self._deliverer.register()
+        feeding = list(threads)
+        if once:
+            threads.append(threading.Thread(target=self._end, args=(feeding, stop), name="the end"))
         for thread in threads:
             thread.start()
         try:
             if self._deliverer is not None:
-                self._deliverer.run(stop)
+                self._deliverer.run(stop, fill_now=once)
             else:
                 stop.wait()
         finally:
@@ -176,6 +186,16 @@ class Worker:
                 thread.join()
         if self._failed is not None:
             raise self._failed
+
+    def _end(self, feeding: Sequence[threading.Thread], stop: threading.Event) -> None:
+        """Stop when there is nothing left to do."""
+        for thread in feeding:
+            thread.join()
+        if self._deliverer is not None:
+            self._deliverer.wake()
+            while not self._deliverer.idle and not stop.wait(0.05):
+                pass
+        stop.set()
 
     def _feed(self, source: Source, stop: threading.Event) -> None:
         """Run a source to its end; start it again where that helps."""
