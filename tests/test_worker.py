@@ -426,3 +426,89 @@ def test_deliverer_wants_different_names(tmp_path: Path) -> None:
     sink = Warehouse(tmp_path).make().sink()
     with closing(open_graph("memory:")) as graph, pytest.raises(Exception, match="same name"):
         Deliverer(graph, [Destination(name="w", sink=sink), Destination(name="w", sink=sink)])
+
+
+def found(config: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[dict[str, str]]]:
+    code = main(["check", "--config", str(config), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def wrong(findings: list[dict[str, str]]) -> list[tuple[str, str]]:
+    return [(f["place"], f["fix"]) for f in findings if f["level"] == "wrong"]
+
+
+def test_check_finds_nothing_wrong_where_all_is_well(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the first event and after a life, and what it tries out is undone."""
+    events = journey(3)
+    warehouses = [Warehouse(tmp_path, "one").make(), Warehouse(tmp_path, "two", "duckdb").make()]
+    config = configure(tmp_path, warehouses, "settle_seconds = 0\n")
+    write_files(tmp_path / "in", events, 1)
+    for warehouse in warehouses:
+        warehouse.put(events)
+    before, early = found(config, capsys)
+    main(["worker", "--config", str(config), "--once", "--quiet"])
+    capsys.readouterr()
+    with warehouses[0].connect() as connection:
+        noted = connection.execute("SELECT count(*) FROM recognition_ledger").fetchall()
+    after, late = found(config, capsys)
+    with warehouses[0].connect() as connection:
+        same = connection.execute("SELECT count(*) FROM recognition_ledger").fetchall()
+    notes = {f["fix"] for f in late if f["level"] == "note"}
+
+    assert (before, after, wrong(early), wrong(late)) == (0, 0, [], [])
+    assert [f["place"] for f in late if f["level"] == "fine"] == [
+        "graph",
+        "destination one, table events",
+        "destination two, table events",
+    ]
+    assert "CREATE INDEX events_anonymous_id ON events (anonymous_id)" in notes
+    assert noted == same != [(0,)]
+    assert warehouses[0].users() == warehouses[1].users() == expected(3)
+
+
+def test_check_says_what_is_wrong_and_what_mends_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each finding has its place, and the line that mends it where there is one."""
+    narrow = Warehouse(tmp_path, "narrow")
+    narrow.execute(
+        "CREATE TABLE events (message_id TEXT, anonymous_id TEXT, user_id VARCHAR(20),"
+        " timestamp TIMESTAMP)"
+    )
+    lacking = Warehouse(tmp_path, "lacking")
+    lacking.execute("CREATE TABLE events (message_id TEXT, anonymous_id TEXT, user_id TEXT)")
+    empty = Warehouse(tmp_path, "empty", "duckdb")
+    empty.execute("CREATE TABLE evnts (x INTEGER)")
+    nowhere = Warehouse(tmp_path / "no folder", "nowhere")
+    config = configure(tmp_path, [narrow, lacking, empty, nowhere])
+    with closing(open_graph(f"sqlite:///{tmp_path}/graph.db")) as graph:
+        graph.add_destination("forgotten")
+        graph.add_destination("narrow")
+        Recognizer(graph, RULES).process(journey(2))
+        (first, _) = graph.lease_updates(10, 60, "narrow")
+        graph.return_updates([first.position], "why", dead=True, destination="narrow")
+    code, findings = found(config, capsys)
+    texts = {f["place"]: f["text"] for f in findings if f["level"] == "wrong"}
+
+    assert code == 1
+    assert ("destination forgotten", "recognition destinations --drop forgotten") in wrong(findings)
+    assert ("destination narrow", "recognition replay --list") in wrong(findings)
+    assert "ALTER TABLE events ADD COLUMN timestamp" in texts["destination lacking, table events"]
+    assert "evnts" in texts["destination empty, table events"]
+    assert "destination nowhere, table events" in texts
+
+
+def test_check_of_a_graph_that_was_decided_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Settings that do not agree with the graph's first decision are found before the worker is."""
+    config = configure(tmp_path, [Warehouse(tmp_path).make()])
+    with closing(open_graph(f"sqlite:///{tmp_path}/graph.db")) as graph:
+        Recognizer(graph, RULES).process(journey(1))
+    config.write_text('policy = "last_login"\n' + config.read_text())
+    code, findings = found(config, capsys)
+
+    assert code == 1
+    assert [place for place, _ in wrong(findings)] == ["graph"]

@@ -179,6 +179,10 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     destinations.add_argument("--drop", metavar="NAME", help="forget one, and what it has not done")
 
+    command(
+        "check", _check, "Look for what would keep a worker from doing its work.", "graph", "sink"
+    )
+
     explain = command("explain", _explain, "Why does this belong to this person?", "graph")
     explain.add_argument("subject", metavar="SUBJECT", help="a message id, or TYPE:VALUE")
     forget = command("forget", _forget, "Erase a person; its rows become unknown.", "graph", "sink")
@@ -703,6 +707,13 @@ def _worker(arguments: argparse.Namespace) -> int:
             _say(arguments, "no source of events is set: updates that wait are delivered, no more")
         if deliverer is None:
             _say(arguments, "no destination is set: updates stay in the graph's outbox")
+        address = arguments.metrics or settings.worker.metrics
+        if address is not None:
+            from recognition.metrics import Metrics
+
+            server = Metrics(graph, worker, deliverer).serve(address)
+            stack.callback(server.server_close)
+            stack.callback(server.shutdown)
         with _stopped_by_signals(stop):
             worker.run(stop, once=arguments.once)
         served = {} if deliverer is None else deliverer.served
@@ -843,6 +854,27 @@ def _replay(arguments: argparse.Namespace) -> int:
     else:
         _print_result(arguments, {"updates_sent_again": len(letters)}, [], Counter())
     return _REJECTED if arguments.list and letters else _DONE
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from recognition.check import Level, check
+
+    settings = _settings(arguments)
+    rules = build_rules(settings, stamps=False)
+    with ExitStack() as stack:
+        graph = _open_existing(settings.graph)
+        if graph is not None:
+            stack.enter_context(closing(graph))
+        findings = list(check(settings, rules, graph))
+    if arguments.json:
+        _print_json([asdict(finding) for finding in findings])
+    else:
+        for finding in findings:
+            if finding.level is Level.WRONG or not arguments.quiet:
+                print(f"{finding.level:<6} {finding.place}: {finding.text}")
+                if finding.fix:
+                    print(f"       {finding.fix}")
+    return _REJECTED if any(finding.level is Level.WRONG for finding in findings) else _DONE
 
 
 def _destinations(arguments: argparse.Namespace) -> int:

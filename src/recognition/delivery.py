@@ -16,6 +16,7 @@ import logging
 import random
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -141,6 +142,10 @@ class Destination:
     reapply_all: bool = False
 
 
+#: In seconds, see `Served`.
+LAG_BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0, 86_400.0)
+
+
 @dataclass(slots=True)
 class Unmatched:
     """Updates of one table whose expected rows never came; ``oldest``: when it was decided."""
@@ -177,6 +182,10 @@ class Served:
     seconds: float = 0.0
     """Spent by the sink."""
     last_applied: datetime | None = None
+    lag_counts: list[int] = field(default_factory=lambda: [0] * (len(LAG_BOUNDS) + 1))
+    """Of updates that were applied for the first time: how many took up to each of `LAG_BOUNDS`,
+    and more than the one before, from their decision."""
+    lag_sum: float = 0.0
     unmatched: dict[str, Unmatched] = field(default_factory=dict)
     """By table, what is left of updates that were applied again after their rows had settled."""
 
@@ -498,6 +507,11 @@ class _Line:
                 held.append(item.position)
             else:
                 done.append(item)
+        for item in leased:
+            if not item.applied and item.update.id not in refused:
+                lag = max(0.0, (now - item.update.created_at).total_seconds())
+                self.served.lag_counts[bisect_left(LAG_BOUNDS, lag)] += 1
+                self.served.lag_sum += lag
         for attempts, positions in put_off.items():
             self._hold(positions, _delay(attempts, self._of._pauses[1]), applied=False)
         if held:

@@ -134,6 +134,9 @@ class Graph(Protocol):
     def decided_with(self, workspace: str) -> str | None:
         """`Rules.fingerprint` of the workspace's first decision; ``None`` before it."""
 
+    def tables(self, workspace: str) -> set[str]:
+        """Every table that rows of the workspace were ever seen for."""
+
     def lease_updates(self, limit: int, seconds: float, destination: str = "") -> list[Delivery]:
         """
         Take up to ``limit`` updates out, oldest first, hidden from others for ``seconds``.
@@ -325,6 +328,11 @@ class StoredGraph(ABC):
         """See `Graph.decided_with`."""
         with self._reader(workspace) as store:
             return store.decided_with("") or None
+
+    def tables(self, workspace: str) -> set[str]:
+        """See `Graph.tables`."""
+        with self._reader(workspace) as store:
+            return store.tables()
 
     def rehearse(self) -> Graph:
         """See `Graph.rehearse`."""
