@@ -166,6 +166,10 @@ def ten_thousand_timelines(store: Store, anonymous_ids: Collection[str]) -> dict
     return dict([*store.timelines(anonymous_ids).items()][:10_000])
 
 
+def first_page_only(store: Store, after: int, limit: int, *, known: bool) -> list[int]:
+    return [] if after else store.page(after, 1, known=known)
+
+
 # Whole graphs ---------------------------------------------------------------------------------
 
 
@@ -177,10 +181,10 @@ class StampsNothing(MemoryGraph):
 
 
 class RandomIds(MemoryGraph):
-    def lease_updates(self, limit: int, seconds: float) -> list[Delivery]:
+    def lease_updates(self, limit: int, seconds: float, destination: str = "") -> list[Delivery]:
         return [
             delivery._replace(update=delivery.update.model_copy(update={"id": uuid.uuid4().hex}))
-            for delivery in super().lease_updates(limit, seconds)
+            for delivery in super().lease_updates(limit, seconds, destination)
         ]
 
 
@@ -279,43 +283,104 @@ class ExpiresReferencesOnly(MemoryGraph):
 
 
 class LeasesHideNothing(MemoryGraph):
-    def lease_updates(self, limit: int, seconds: float) -> list[Delivery]:
-        return super().lease_updates(limit, 0)
+    def lease_updates(self, limit: int, seconds: float, destination: str = "") -> list[Delivery]:
+        return super().lease_updates(limit, 0, destination)
 
 
 class LeasesForEver(MemoryGraph):
-    def lease_updates(self, limit: int, seconds: float) -> list[Delivery]:
-        return super().lease_updates(limit, 1e9)
+    def lease_updates(self, limit: int, seconds: float, destination: str = "") -> list[Delivery]:
+        return super().lease_updates(limit, 1e9, destination)
 
 
 class LeasesNewestFirst(MemoryGraph):
-    def lease_updates(self, limit: int, seconds: float) -> list[Delivery]:
-        leased = super().lease_updates(1_000_000, seconds)
+    def lease_updates(self, limit: int, seconds: float, destination: str = "") -> list[Delivery]:
+        leased = super().lease_updates(1_000_000, seconds, destination)
         rest = leased[: max(len(leased) - limit, 0)]
         self.return_updates([delivery.position for delivery in rest], "", dead=False)
         return leased[len(rest) :][::-1]
 
 
+class HoldsNothing(MemoryGraph):
+    def hold_updates(
+        self, positions: Collection[int], seconds: float, *, applied: bool, destination: str = ""
+    ) -> None:
+        pass
+
+
+class HoldsWithoutSaying(MemoryGraph):
+    def hold_updates(
+        self, positions: Collection[int], seconds: float, *, applied: bool, destination: str = ""
+    ) -> None:
+        super().hold_updates(positions, seconds, applied=False, destination=destination)
+
+
+class HoldsTheDead(MemoryGraph):
+    def hold_updates(
+        self, positions: Collection[int], seconds: float, *, applied: bool, destination: str = ""
+    ) -> None:
+        self.return_updates(positions, "", dead=False, destination=destination)
+
+
+class FirstDestinationIsEnough(MemoryGraph):
+    def acknowledge(self, positions: Collection[int], destination: str = "") -> None:
+        for name in (destination, *self.destinations()):
+            super().acknowledge(positions, name)
+
+
+class DiesForAll(MemoryGraph):
+    def return_updates(
+        self, positions: Collection[int], reason: str, *, dead: bool, destination: str = ""
+    ) -> None:
+        for name in self.destinations():
+            super().return_updates(positions, reason, dead=dead, destination=name)
+
+
+class NewDestinationsGetNewUpdatesOnly(MemoryGraph):
+    def add_destination(self, name: str, *, filled: bool = False) -> None:
+        super().add_destination(name, filled=filled)
+        self._progress[name].clear()
+
+
+class ServesAnybody(MemoryGraph):
+    def lease_updates(self, limit: int, seconds: float, destination: str = "") -> list[Delivery]:
+        return super().lease_updates(limit, seconds, next(iter(self.destinations()), ""))
+
+
+class ForgetsThatItWasFilled(MemoryGraph):
+    def add_destination(self, name: str, *, filled: bool = False) -> None:
+        super().add_destination(name, filled=filled)
+        self._filled[name] = filled
+
+
+class DroppedDestinationsStay(MemoryGraph):
+    def drop_destination(self, name: str) -> None:
+        self._filled.pop(name, None)
+
+
 class AcknowledgesNothing(MemoryGraph):
-    def acknowledge(self, positions: Collection[int]) -> None:
+    def acknowledge(self, positions: Collection[int], destination: str = "") -> None:
         """Leave all as it is."""
 
 
 class AcknowledgesUpTo(MemoryGraph):
     """Takes a position for an offset, as of a log."""
 
-    def acknowledge(self, positions: Collection[int]) -> None:
+    def acknowledge(self, positions: Collection[int], destination: str = "") -> None:
         for last in positions:
             super().acknowledge([position for position in self._outbox if position <= last])
 
 
 class ReturnsNothing(MemoryGraph):
-    def return_updates(self, positions: Collection[int], reason: str, *, dead: bool) -> None:
+    def return_updates(
+        self, positions: Collection[int], reason: str, *, dead: bool, destination: str = ""
+    ) -> None:
         """Leave all as it is."""
 
 
 class BuriesTheDead(MemoryGraph):
-    def return_updates(self, positions: Collection[int], reason: str, *, dead: bool) -> None:
+    def return_updates(
+        self, positions: Collection[int], reason: str, *, dead: bool, destination: str = ""
+    ) -> None:
         if dead:
             self.acknowledge(positions)
         else:
@@ -475,6 +540,16 @@ DEFECTS: dict[str, Callable[[], tuple[Graph, Reopen]]] = {
     "test_returned_updates_come_again": whole(ReturnsNothing),
     "test_dead_updates_are_kept_with_their_reason": whole(BuriesTheDead),
     "test_updates_are_leased_oldest_first": whole(LeasesNewestFirst),
+    "test_held_updates_come_again_after_their_time": whole(HoldsWithoutSaying),
+    "test_held_lease_is_longer": whole(HoldsNothing),
+    "test_dead_updates_are_not_held": whole(HoldsTheDead),
+    "test_destinations_go_at_their_own_pace": whole(FirstDestinationIsEnough),
+    "test_destinations_have_their_own_leases": whole(DiesForAll),
+    "test_destination_added_later_gets_what_is_there": whole(NewDestinationsGetNewUpdatesOnly),
+    "test_only_destinations_that_are_registered_are_served": whole(ServesAnybody),
+    "test_destination_says_whether_it_was_filled": whole(ForgetsThatItWasFilled),
+    "test_restate_says_everything_once_more": below(page=first_page_only),
+    "test_dropped_destination_holds_nothing": whole(DroppedDestinationsStay),
     "test_flushed_makes_good_what_happened_in_between": whole(NeverRechecks),
     "test_flushed_replaces_a_stamp_that_is_out_of_date": whole(RechecksTheUnknownOnly),
     "test_flushed_says_nothing_when_nothing_changed": whole(RechecksAlways),

@@ -29,9 +29,12 @@ STAGES: dict[str, set[str]] = {
     "planner": {"errors", "messages"},
     "sinks": {"errors", "events", "messages", "planner"},
     "delivery": _WAY_IN | _WAY_OUT,
+    "worker": _WAY_IN | {"delivery"},
+    "metrics": {"errors", "graph", "delivery", "worker"},
     "config": _WAY_IN | {"delivery"},
+    "check": _WAY_IN | _WAY_OUT | {"config"},
     "demo": set(),
-    "cli": _WAY_IN | _WAY_OUT | {"delivery", "config", "demo"},
+    "cli": _WAY_IN | _WAY_OUT | {"delivery", "worker", "metrics", "config", "check", "demo"},
     "__main__": {"cli"},
     "testing": _WAY_IN | _WAY_OUT | {"delivery"},
     "__init__": _WAY_IN | _WAY_OUT | {"delivery"},
@@ -46,7 +49,8 @@ HARMLESS = {
 }  # fmt: skip
 
 DRIVERS = {
-    "clickhouse_connect", "duckdb", "duckdb_engine", "numpy", "pandas", "psycopg", "psycopg2",
+    "clickhouse_connect", "duckdb", "duckdb_engine", "numpy", "pandas", "prometheus_client",
+    "psycopg", "psycopg2",
     "pyarrow", "pymongo", "redshift_connector", "rich", "snowflake", "sqlalchemy",
     "sqlalchemy_redshift", "sqlite3",
 }  # fmt: skip

@@ -604,6 +604,52 @@ def test_processes_lease_different_updates(graph: MongoGraph, mongodb_url: str) 
     assert set(positions).isdisjoint(delivery.position for delivery in left)
 
 
+def test_destination_that_is_behind_costs_the_others_nothing(mongodb_url: str) -> None:
+    """What one has done, and another has not, is not looked at again by the one."""
+    commands = Commands()
+    with overheard(mongodb_url, commands) as graph:
+        for name in ("fast", "slow"):
+            graph.add_destination(name)
+        put_updates(graph, 300)
+        leased = graph.lease_updates(290, 600, "fast")
+        graph.acknowledge([d.position for d in leased[:280]], "fast")
+        graph.hold_updates(
+            [d.position for d in leased[280:]], 600, applied=True, destination="fast"
+        )
+        commands.take()
+        last = graph.lease_updates(20, 600, "fast")
+        asked = [command for name, command in commands.take() if name == "find"]
+        looks = [command for command in asked if command.get("projection") == {"_id": 1}]
+        cost = []
+        for command in looks:
+            command = {key: command[key] for key in ("find", "filter", "sort", "limit")}
+            found = graph._db.command("explain", command, verbosity="executionStats")
+            cost.append(found["executionStats"]["totalDocsExamined"])
+        waiting = [graph.backlog(name).waiting for name in ("fast", "slow")]
+
+    assert len(last) == 10
+    assert len(looks) == 2
+    assert sum(cost) <= 10, cost
+    assert waiting == [10, 300]
+
+
+def test_what_a_dead_worker_left_done_leaves_with_the_next(mongodb_url: str) -> None:
+    """Updates that all have applied, and nobody took out, are taken out when a worker starts."""
+    with MongoGraph(mongodb_url) as graph:
+        graph.add_destination("one")
+        put_updates(graph, 3)
+        leased = graph.lease_updates(2, 600, "one")
+        graph._drop_done = lambda chosen: None  # type: ignore[method-assign]
+        graph.acknowledge([d.position for d in leased], "one")
+    with MongoGraph(mongodb_url) as graph:
+        before = graph._db["outbox"].count_documents({"_id": {"$gt": 0}})
+        free = graph.lease_updates(10, 0, "one")
+        graph.add_destination("one")
+        after = graph._db["outbox"].count_documents({"_id": {"$gt": 0}})
+
+    assert (before, len(free), after) == (3, 1, 1)
+
+
 def test_updates_are_counted_without_being_read(mongodb_url: str) -> None:
     """What waits is counted by the metadata of the collection; only sweeps are looked up."""
     commands = Commands()

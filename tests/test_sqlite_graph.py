@@ -652,10 +652,40 @@ CREATE TABLE outbox (
 #: Tables that version 1 has as well, with the same rows.
 SAME_IN_1 = (
     "names", "places", "claimed", "claims", "claimants", "identifiers", "links", "traits", "refs",
-    "outbox",
 )  # fmt: skip
 
 DEVICES = {*(f"d{number}" for number in range(12)), "d-new", str(uuid.UUID(int=5))}
+
+
+def copy_old_outbox(connection: sqlite3.Connection) -> None:
+    """Fill an outbox as versions 1 and 2 had it with the one of the attached file."""
+    connection.execute(
+        "INSERT INTO outbox SELECT position, body, coalesce(until, 0), holder,"
+        " coalesce(attempts, 0), dead FROM new.outbox LEFT JOIN new.deliveries USING (position)"
+    )
+    connection.execute("DELETE FROM sqlite_sequence")
+    connection.execute("INSERT INTO sqlite_sequence SELECT * FROM new.sqlite_sequence")
+
+
+def write_version_2(path: Path) -> None:
+    """Write the graph of a file over it as version 2 would have written it."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.executescript(
+            "ALTER TABLE outbox RENAME TO outbox_3;"
+            + SCHEMA_1[SCHEMA_1.index("CREATE TABLE outb") :]
+        )
+        connection.execute(
+            "INSERT INTO outbox SELECT position, body, coalesce(until, 0), holder,"
+            " coalesce(attempts, 0), dead FROM outbox_3 LEFT JOIN deliveries USING (position)"
+        )
+        connection.execute("DELETE FROM sqlite_sequence WHERE name = 'outbox'")
+        connection.execute(
+            "INSERT INTO sqlite_sequence SELECT 'outbox', seq FROM sqlite_sequence"
+            " WHERE name = 'outbox_3'"
+        )
+        for table in ("outbox_3", "deliveries", "destinations"):
+            connection.execute(f"DROP TABLE {table}")
+        connection.execute("PRAGMA user_version = 2")
 
 
 def write_version_1(path: Path, forgotten: Mapping[Identifier, int]) -> None:
@@ -671,6 +701,7 @@ def write_version_1(path: Path, forgotten: Mapping[Identifier, int]) -> None:
         connection.execute("ATTACH ? AS new", (str(path),))
         for table in SAME_IN_1:
             connection.execute(f"INSERT INTO {table} SELECT * FROM new.{table}")
+        copy_old_outbox(connection)
         connection.execute(
             "INSERT INTO meta SELECT * FROM new.meta WHERE name IN"
             " ('sequence', 'decision', 'timeline', 'salt') OR name LIKE 'rules %'"
@@ -750,6 +781,49 @@ def test_file_of_version_1_goes_on_as_if_it_were_of_this_one(
     assert stats == counted
     assert (version, sound) == (SCHEMA_VERSION, [("ok",)])
     assert schemas[0] == schemas[1]
+
+
+def test_outbox_of_version_2_is_taken_over(path: Path) -> None:
+    """What waited, was leased or had died under version 2 does so in this one, in its place."""
+    with SqliteGraph(path) as graph:
+        recognizer = Recognizer(graph, RULES)
+        for number in range(4):
+            recognizer.process(
+                [
+                    make_event(f"a{number}", START, f"d{number}"),
+                    make_event(f"b{number}", START + SECOND, f"d{number}", user_id=f"u{number}"),
+                ]
+            )
+        first, second, third = graph.lease_updates(3, 600)
+        graph.return_updates([second.position], "no such table", dead=True)
+        graph.return_updates([third.position], "", dead=False)
+        before = graph.stats()
+    write_version_2(path)
+    with SqliteGraph(path) as graph:
+        after, problems = graph.stats(), graph.check()
+        dead = graph.dead_updates(10)
+        leased = graph.lease_updates(10, 600)
+        graph.acknowledge([delivery.position for delivery in (first, *leased)])
+        graph.return_updates([second.position], "", dead=False)
+        (revived,) = graph.lease_updates(10, 600)
+        graph.acknowledge([revived.position])
+        recognizer = Recognizer(graph, RULES)
+        recognizer.process(
+            [make_event("x", START, "d9"), make_event("y", START + SECOND, "d9", user_id="u9")]
+        )
+        (new,) = graph.lease_updates(10, 600)
+
+    assert problems == []
+    assert replace(after, bytes=0) == replace(before, bytes=0)
+    assert [(d.position, d.attempts, reason) for d, reason in dead] == [
+        (second.position, 1, "no such table")
+    ]
+    assert [(d.position, d.attempts) for d in leased] == [
+        (third.position, 1),
+        (third.position + 1, 0),
+    ]
+    assert revived.position == second.position
+    assert new.position == third.position + 2
 
 
 def test_release_that_knew_version_1_cannot_write_into_a_newer_file(

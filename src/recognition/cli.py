@@ -12,14 +12,18 @@ import argparse
 import gc
 import gzip
 import json
+import logging
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -37,7 +41,7 @@ from recognition.config import (
     load_settings,
     render_reference,
 )
-from recognition.delivery import deliver
+from recognition.delivery import Deliverer, Destination, deliver
 from recognition.demo import generate_events
 from recognition.errors import (
     ConfigurationError,
@@ -55,6 +59,7 @@ from recognition.planner import Plan, plan_updates
 from recognition.recognizer import Recognition, Recognizer
 from recognition.rules import Rules, Supersede
 from recognition.sinks import Applied, Sink, installed_schemes, open_sink
+from recognition.worker import Directory, Worker
 
 if TYPE_CHECKING:
     from io import BufferedReader
@@ -147,6 +152,36 @@ def _build_parser() -> argparse.ArgumentParser:
     apply = command("apply", _apply, "Apply update messages (NDJSON) to a sink.", "sink")
     apply.add_argument("updates", nargs="+", metavar="UPDATES", help="files; - is stdin")
     apply.add_argument("--show-sql", action="store_true", help="print the statements, too")
+
+    worker = command(
+        "worker",
+        _worker,
+        "Take events in and bring updates to the destinations, until it is told to stop.",
+        "graph",
+        "sink",
+    )
+    worker.add_argument(
+        "--directory", action="append", type=Path, metavar="DIR", help="take event files from here"
+    )
+    worker.add_argument(
+        "--once", action="store_true", help="end when there is nothing left that can be done now"
+    )
+    worker.add_argument("--format", metavar="NAME", help="how events are written")
+    worker.add_argument("--log", choices=("text", "json"), default="text")
+    worker.add_argument("--metrics", metavar="HOST:PORT", help="serve metrics to Prometheus")
+    replay = command(
+        "replay", _replay, "Send dead letters again, or list them with --list.", "graph"
+    )
+    replay.add_argument("--list", action="store_true", help="list them and send nothing")
+    replay.add_argument("--destination", metavar="NAME", help="of this destination only")
+    destinations = command(
+        "destinations", _destinations, "Show what each destination has not done yet.", "graph"
+    )
+    destinations.add_argument("--drop", metavar="NAME", help="forget one, and what it has not done")
+
+    command(
+        "check", _check, "Look for what would keep a worker from doing its work.", "graph", "sink"
+    )
 
     explain = command("explain", _explain, "Why does this belong to this person?", "graph")
     explain.add_argument("subject", metavar="SUBJECT", help="a message id, or TYPE:VALUE")
@@ -636,6 +671,246 @@ def _undo(arguments: argparse.Namespace, undo: Callable[[Recognizer], int]) -> i
     return _REJECTED if rejects else _DONE
 
 
+# ---------------------------------------------------------------------------------------- worker
+
+
+def _worker(arguments: argparse.Namespace) -> int:
+    settings = _settings(arguments)
+    format, bots = build_format(settings), build_bots(settings)
+    rules = build_rules(settings, stamps=False)
+    stop = threading.Event()
+    with ExitStack() as stack:
+        stack.enter_context(_logs_on_stderr(arguments))
+        graph = stack.enter_context(closing(open_graph(settings.graph)))
+        rejects = stack.enter_context(RejectsFile(settings.worker.rejects, append=True))
+        deliverer = _build_deliverer(settings, graph, rules, stack)
+        worker = Worker(
+            Recognizer(graph, rules, bots=bots),
+            [],
+            deliverer,
+            format=format,
+            batch_size=settings.batch_size,
+            rejects=rejects,
+        )
+        directories = arguments.directory or [Path(d) for d in settings.worker.directories]
+        worker.sources += [
+            Directory(
+                directory,
+                format=format,
+                rejects=worker.reject,
+                batch_size=settings.batch_size,
+                once=arguments.once,
+            )
+            for directory in directories
+        ]
+        if not worker.sources:
+            _say(arguments, "no source of events is set: updates that wait are delivered, no more")
+        if deliverer is None:
+            _say(arguments, "no destination is set: updates stay in the graph's outbox")
+        address = arguments.metrics or settings.worker.metrics
+        if address is not None:
+            from recognition.metrics import Metrics
+
+            server = Metrics(graph, worker, deliverer).serve(address)
+            stack.callback(server.server_close)
+            stack.callback(server.shutdown)
+        with _stopped_by_signals(stop):
+            worker.run(stop, once=arguments.once)
+        served = {} if deliverer is None else deliverer.served
+        backlog = graph.stats()
+    result: dict[str, object] = {
+        **asdict(worker.taken),
+        "updates_applied": sum(one.updates for one in served.values()),
+        "updates_held": sum(one.held for one in served.values()),
+        "updates_rejected": sum(one.dead for one in served.values()),
+        "rows_changed": sum(one.rows_changed for one in served.values()),
+        "pending_updates": backlog.pending_updates,
+    }
+    if arguments.json:
+        result["destinations"] = {name: _plain_times(asdict(s)) for name, s in served.items()}
+    _print_result(arguments, result, [], Counter())
+    failing = [name for name, one in served.items() if one.failing]
+    for name in failing:
+        print(f"recognition: {name} fails: {served[name].last_error}", file=sys.stderr)
+    if failing and arguments.once:
+        return _FAILED
+    return _REJECTED if worker.taken.rejected or result["updates_rejected"] else _DONE
+
+
+def _build_deliverer(
+    settings: Settings, graph: Graph, rules: Rules, stack: ExitStack
+) -> Deliverer | None:
+    """What serves the destinations of the settings; their sinks are closed by the stack."""
+    named = {destination.name: destination.url for destination in settings.destinations}
+    if not named and settings.sink is not None:
+        named = {"default": settings.sink}
+    if not named:
+        return None
+    given = settings.delivery
+    return Deliverer(
+        graph,
+        [
+            Destination(
+                name=name,
+                sink=stack.enter_context(closing(open_sink(url))),
+                window=given.window,
+                settle=given.settle_seconds,
+                reapply_all=given.reapply == "all",
+            )
+            for name, url in named.items()
+        ],
+        rules=rules,
+        every=given.every_seconds,
+        patience=given.patience_hours * 3600,
+    )
+
+
+@contextmanager
+def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
+    """The first SIGTERM or SIGINT lets everything come to its end; the second one ends it."""
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in signals}
+
+    def ask(number: int, frame: object) -> None:
+        del frame
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in signals:
+        signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _JsonLines(logging.Formatter):
+    """A log record as one JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": render_time(int(record.created * 1_000_000)),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "thread": record.threadName,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+@contextmanager
+def _logs_on_stderr(arguments: argparse.Namespace) -> Iterator[None]:
+    handler = logging.StreamHandler()
+    if arguments.log == "json":
+        handler.setFormatter(_JsonLines())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("recognition")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING if arguments.quiet else logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    with closing(_graph(_settings(arguments))) as graph:
+        known = list(graph.destinations()) or [""]
+        if arguments.destination is not None and arguments.destination not in known:
+            raise ConfigurationError(
+                f"the outbox serves no destination {arguments.destination!r}; there are:"
+                f" {', '.join(filter(None, known)) or 'none with a name'}"
+            )
+        names = known if arguments.destination is None else [arguments.destination]
+        dead = {name: graph.dead_updates(sys.maxsize, name) for name in names}
+        if not arguments.list:
+            for name, found in dead.items():
+                positions = [item.position for item, _ in found]
+                graph.return_updates(positions, "replayed", dead=False, destination=name)
+    letters: list[dict[str, object]] = [
+        {
+            "destination": name,
+            "update": item.update.id,
+            "table": item.update.table,
+            "attempts": item.attempts,
+            "decided_at": item.update.created_at.isoformat(),
+            "reason": reason,
+        }
+        for name, found in dead.items()
+        for item, reason in found
+    ]
+    if arguments.list and arguments.json:
+        _print_json(letters)
+    elif arguments.list:
+        reasons = Counter((x["destination"], x["table"], x["reason"]) for x in letters)
+        for (destination, table, reason), count in reasons.most_common():
+            print(f"{count:>8,}  {destination or '-'}  {table}  {reason}")
+    else:
+        _print_result(arguments, {"updates_sent_again": len(letters)}, [], Counter())
+    return _REJECTED if arguments.list and letters else _DONE
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from recognition.check import Level, check
+
+    settings = _settings(arguments)
+    rules = build_rules(settings, stamps=False)
+    with ExitStack() as stack:
+        graph = _open_existing(settings.graph)
+        if graph is not None:
+            stack.enter_context(closing(graph))
+        findings = list(check(settings, rules, graph))
+    if arguments.json:
+        _print_json([asdict(finding) for finding in findings])
+    else:
+        for finding in findings:
+            if finding.level is Level.WRONG or not arguments.quiet:
+                print(f"{finding.level:<6} {finding.place}: {finding.text}")
+                if finding.fix:
+                    print(f"       {finding.fix}")
+    return _REJECTED if any(finding.level is Level.WRONG for finding in findings) else _DONE
+
+
+def _destinations(arguments: argparse.Namespace) -> int:
+    with closing(_graph(_settings(arguments))) as graph:
+        registered = graph.destinations()
+        if arguments.drop is not None:
+            if arguments.drop not in registered:
+                raise ConfigurationError(f"there is no destination {arguments.drop!r}")
+            graph.drop_destination(arguments.drop)
+            registered = graph.destinations()
+        lines = [
+            {"name": name, "filled": filled, **_plain_times(asdict(graph.backlog(name)))}
+            for name, filled in registered.items()
+        ]
+    if arguments.json:
+        _print_json(lines)
+    else:
+        for line in lines:
+            print(
+                "{name}: {waiting:,} wait, the oldest since {oldest}; {held:,} held;"
+                " {dead:,} dead".format(**{**line, "oldest": line["oldest"] or "-"}),
+                "" if line["filled"] else "; not filled yet",
+                sep="",
+            )
+        if not lines:
+            _say(arguments, "no destination is registered; a worker registers those it serves")
+    return _DONE
+
+
+def _plain_times(value: Any) -> Any:
+    """As JSON has it: times as text."""
+    if isinstance(value, dict):
+        return {key: _plain_times(part) for key, part in value.items()}
+    return value.isoformat() if isinstance(value, datetime) else value
+
+
 def _stats(arguments: argparse.Namespace) -> int:
     with closing(_graph(_settings(arguments))) as graph:
         _print_result(arguments, asdict(graph.stats()), [], Counter())
@@ -787,6 +1062,8 @@ def _config(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments).model_dump(mode="json")
     for key in ("graph", "sink"):
         settings[key] = settings[key] and hide_password(settings[key])
+    for destination in settings["destinations"]:
+        destination["url"] = hide_password(destination["url"])
     if arguments.json:
         _print_json(settings)
     else:

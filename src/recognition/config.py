@@ -16,7 +16,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -137,6 +137,43 @@ class FormatTable(_Table):
     """What the bot filter looks at."""
 
 
+class DestinationTable(_Table):
+    """One `[[destinations]]`: a database that `recognition worker` brings updates to."""
+
+    name: Annotated[str, Field(pattern=r"[a-z0-9_][a-z0-9_-]{0,62}")]
+    """By it the graph remembers what was done. Another name is another destination."""
+    url: Annotated[str, Field(repr=False)]
+    """The URL of its sink."""
+
+
+class DeliveryTable(_Table):
+    """`[delivery]`: how `recognition worker` brings updates to the destinations."""
+
+    window: Annotated[int, Field(ge=1, le=100_000)] = 10_000
+    """How many updates are applied in one window, at most."""
+    every_seconds: Annotated[float, Field(ge=0.01, le=3600)] = 1.0
+    """How long a window collects."""
+    settle_seconds: Annotated[float, Field(ge=0, le=30 * 86_400)] = 600.0
+    """After how long an update is applied again, because its rows may have been on their way:
+    twice the batch period of the pipeline. 0: never, where rows and updates come in one order."""
+    reapply: Literal["unmatched", "all"] = "unmatched"
+    """Which updates are applied again after that: those whose expected rows were not all found, or
+    all of them, for a pipeline that may write an old row again after hours."""
+    patience_hours: Annotated[float, Field(ge=0)] = 24.0
+    """How long an update waits for a table or column that is missing before it is given up."""
+
+
+class WorkerTable(_Table):
+    """`[worker]`: where `recognition worker` finds events, and what it shows."""
+
+    directories: Words = ()
+    """Directories of event files; a file that was taken goes to `done` inside."""
+    rejects: str = "rejects.ndjson"
+    """The file to which is added what could not be read as an event. It holds personal data."""
+    metrics: Annotated[str | None, Field(pattern=r".+:\d+")] = None
+    """Where metrics are served to Prometheus, for example `127.0.0.1:9464`; unset: nowhere."""
+
+
 class Settings(_Table):
     """Everything that can be set."""
 
@@ -146,6 +183,13 @@ class Settings(_Table):
     """The URL of the graph: `sqlite:///path`, `mongodb://host/database` or `memory://`."""
     sink: Annotated[str | None, Field(repr=False)] = None
     """The URL of the sink. Without one, updates stay in the graph's outbox."""
+    destinations: tuple[DestinationTable, ...] = ()
+    """The destinations of `recognition worker`; where none is given, it is the sink alone, by the
+    name `default`."""
+    delivery: DeliveryTable = DeliveryTable()
+    """How they are served."""
+    worker: WorkerTable = WorkerTable()
+    """What a worker takes in, and shows."""
     policy: Policy = Policy.DEVICE_SPLIT
     """Who owns the events of a shared device."""
     lookback_days: Annotated[int, Field(ge=0, le=36500)] = 30
@@ -194,6 +238,13 @@ class Settings(_Table):
                 "retention_days is at least lookback_days: a claim could not reach the rows whose"
                 " references are dropped"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _names_each_destination_once(self) -> Self:
+        names = [destination.name for destination in self.destinations]
+        if len(set(names)) < len(names):
+            raise ValueError("two destinations have the same name")
         return self
 
 
@@ -476,6 +527,9 @@ def render_reference() -> str:
     """All settings as Markdown, made from this file: the page `docs/configuration.md` holds it."""
     parts = [_render_table("Settings", Settings)]
     for title, table in (
+        ("`[[destinations]]`", DestinationTable),
+        ("`[delivery]`", DeliveryTable),
+        ("`[worker]`", WorkerTable),
         ("`[[identifiers]]`", IdentifierTable),
         ("`[format]`", FormatTable),
         ("`[layout]`", LayoutTable),

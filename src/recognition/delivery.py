@@ -1,20 +1,37 @@
 """
 The way out, in one place: updates leave the graph's outbox, are planned and applied to sinks.
 
-An update is acknowledged after every sink has applied it, never before; whoever dies in between
-leaves a lease that ends, and the update comes again. Applying it again changes nothing, so delivery
-is at least once and the rows are as if it were once.
+An update is acknowledged after a sink has applied it, never before; whoever dies in between leaves
+a lease that ends, and the update comes again. Applying it again changes nothing, so delivery is at
+least once and the rows are as if it were once.
+
+`deliver` empties the outbox into some sinks and returns. `Deliverer` serves destinations with names
+for as long as a process lives, and closes the gap of rows that were on their way (DESIGN 5.5): an
+update whose rows may be missing is held, and applied again when they had time to come.
 """
 
 from __future__ import annotations
 
 import logging
+import random
+import threading
+import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
-from recognition.errors import RecognitionError, TableError, ValueRefusedError
-from recognition.graph import Graph
+from recognition.errors import (
+    ConfigurationError,
+    GraphError,
+    RecognitionError,
+    TableError,
+    ValueRefusedError,
+)
+from recognition.graph import Delivery, Graph
+from recognition.messages import UpdateByCriteria
 from recognition.planner import Plan, plan_updates
+from recognition.rules import Rules
 from recognition.sinks import Applied, Sink
 
 _log = logging.getLogger("recognition.delivery")
@@ -101,3 +118,487 @@ def deliver(
             written=bool(total.updates),
         )
     return total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Destination:
+    """
+    A sink with a name, and how it is served.
+
+    Args:
+        name: By it the outbox knows what was done; whoever gives the sink another one starts anew.
+        sink: Used by one thread at a time.
+        window: How many updates are coalesced into one plan, at most.
+        settle: After how many seconds an update is applied again, because a row that it is about
+            may have been on its way; 0: never, for a channel that brings rows and updates in order.
+        reapply_all: Also those updates whose expected rows were found at once: for a pipeline that
+            may write an old row again, hours later (``settle`` is longer than its last retry).
+    """
+
+    name: str
+    sink: Sink
+    window: int = 10_000
+    settle: float = 600.0
+    reapply_all: bool = False
+
+
+#: In seconds, see `Served`.
+LAG_BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0, 86_400.0)
+
+
+@dataclass(slots=True)
+class Unmatched:
+    """Updates of one table whose expected rows never came; ``oldest``: when it was decided."""
+
+    updates: int = 0
+    rows: int = 0
+    oldest: datetime | None = None
+
+
+@dataclass(slots=True)
+class Served:
+    """What a destination was given so far, by this process; times are seconds, clocks are UTC."""
+
+    windows: int = 0
+    updates: int = 0
+    """Applied and done with."""
+    reapplied: int = 0
+    """Applied once more after their rows had settled; among ``updates``."""
+    held: int = 0
+    """Applied, and held for that."""
+    postponed: int = 0
+    """Put off, because their table is missing or lacks a column."""
+    dead: int = 0
+    rows_matched: int = 0
+    rows_changed: int = 0
+    statements: int = 0
+    filled: int = 0
+    """Updates that told a new destination what the graph knew already."""
+    failures: int = 0
+    """Windows that failed as a whole."""
+    failing: int = 0
+    """How many of them in a row, up to now; from `CIRCUIT_OPENS` on the circuit is open."""
+    last_error: str = ""
+    seconds: float = 0.0
+    """Spent by the sink."""
+    last_applied: datetime | None = None
+    lag_counts: list[int] = field(default_factory=lambda: [0] * (len(LAG_BOUNDS) + 1))
+    """Of updates that were applied for the first time: how many took up to each of `LAG_BOUNDS`,
+    and more than the one before, from their decision."""
+    lag_sum: float = 0.0
+    unmatched: dict[str, Unmatched] = field(default_factory=dict)
+    """By table, what is left of updates that were applied again after their rows had settled."""
+
+
+#: After so many failures in a row a destination is only asked again after a pause.
+CIRCUIT_OPENS = 3
+
+
+class Deliverer:
+    """
+    Brings the updates of an outbox to several destinations, until it is told to stop.
+
+    Each destination has a thread, and one window in flight; what is slow or down holds nobody else.
+    Any number of processes may do this on one outbox: leases keep their windows apart, and are
+    renewed while a window is in flight. Where a lease ends nevertheless, because a process stood
+    still, another one applies the same updates, and the rows are the same.
+
+    Args:
+        graph: Whose outbox; must be safe for several threads.
+        destinations: Those of the configuration. Each is registered in the outbox when `run`
+            begins; one that the outbox serves and that is not among them is left alone.
+        rules: For filling a destination that is new with what the graph knows already; without
+            them it gets new updates only.
+        every: How long a window collects, in seconds: the pause after one that was not full.
+        lease: In seconds; a window in flight is renewed three times within it.
+        longest: For how long a window in flight is renewed at most, in seconds.
+        patience: How long an update waits for its table to be mended before it is given up.
+        pauses: The first and the longest pause after a failure, in seconds; each doubles the one
+            before, less a random part of up to a half.
+        watch: Called with the destination, each plan and what the sink made of it.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        destinations: Sequence[Destination],
+        *,
+        rules: Rules | None = None,
+        every: float = 1.0,
+        lease: float = 60.0,
+        longest: float = 3600.0,
+        patience: float = 86_400.0,
+        pauses: tuple[float, float] = (1.0, 300.0),
+        watch: Callable[[str, Plan, Applied], None] | None = None,
+    ) -> None:
+        names = [destination.name for destination in destinations]
+        if len(set(names)) < len(names):
+            raise ConfigurationError("two destinations have the same name")
+        self._graph = graph
+        self._rules = rules
+        self._every = every
+        self._lease = lease
+        self._patience = patience
+        self._longest = longest
+        self._pauses = pauses
+        self._watch = watch
+        self._lines = [_Line(self, destination) for destination in destinations]
+
+    @property
+    def served(self) -> dict[str, Served]:
+        """By destination, what it was given so far."""
+        return {line.destination.name: line.served for line in self._lines}
+
+    def register(self) -> None:
+        """
+        Make the outbox serve the destinations; the second time nothing happens.
+
+        Where the graph is empty they have nothing to be filled with. So it is called before the
+        first event comes in.
+        """
+        empty = self._rules is not None and self._graph.decided_with(self._rules.workspace) is None
+        for line in self._lines:
+            name = line.destination.name
+            self._graph.add_destination(name, filled=self._rules is None or empty)
+            line.unfilled = not self._graph.destinations()[name]
+
+    @property
+    def idle(self) -> bool:
+        """Every destination was asked since `wake`, and has nothing to be applied now, or fails."""
+        return all(line.idle for line in self._lines)
+
+    def wake(self) -> None:
+        """There may be something to do: `idle` is to be found out anew."""
+        for line in self._lines:
+            line.idle = False
+
+    def run(self, stop: threading.Event, *, fill_now: bool = False) -> None:
+        """
+        Deliver until ``stop`` is set; windows in flight are finished first.
+
+        Args:
+            stop: Ends it.
+            fill_now: A new destination is filled at once, and not only after rows of before it was
+                registered have settled.
+
+        Raises:
+            RecognitionError: The outbox serves no such names; nothing was applied. What fails later
+                is waited for, never raised.
+        """
+        self.register()
+        threads = [
+            threading.Thread(
+                target=line.run, args=(stop, fill_now), name=f"to {line.destination.name}"
+            )
+            for line in self._lines
+        ]
+        for thread in threads:
+            thread.start()
+        over = threading.Event()
+        renewal = threading.Thread(target=self._renew, args=(over,), name="leases")
+        renewal.start()
+        try:
+            for thread in threads:
+                thread.join()
+        finally:
+            # Also where this thread was interrupted: the others come to their ends.
+            stop.set()
+            for thread in threads:
+                thread.join()
+            over.set()
+            renewal.join()
+
+    def _renew(self, over: threading.Event) -> None:
+        while not over.wait(self._lease / 3):
+            for line in self._lines:
+                line.renew()
+
+
+class _Line:
+    """What one thread does for one destination."""
+
+    def __init__(self, deliverer: Deliverer, destination: Destination) -> None:
+        self.destination = destination
+        self.served = Served()
+        self.unfilled = False
+        self.idle = False
+        self._of = deliverer
+        self._graph = deliverer._graph
+        self._size = destination.window
+        self._lock = threading.Lock()  # whoever holds it decides about the leases of the window
+        self._flying: list[int] = []
+        self._began = 0.0
+        #: By position, how often an update was refused alone while others were applied.
+        self._refused: dict[int, int] = {}
+        self._applied_since: set[int] = set()
+
+    def run(self, stop: threading.Event, fill_now: bool) -> None:
+        """Serve the destination until the end."""
+        # What was on its way when the destination was registered has arrived by then.
+        filling = time.monotonic() + (0 if fill_now else self.destination.settle)
+        while not stop.is_set():
+            pause = 0.0
+            woken = not self.idle
+            try:
+                if self.unfilled and time.monotonic() >= filling:
+                    self._fill(stop)
+                leased = self._graph.lease_updates(
+                    self._size, self._of._lease, self.destination.name
+                )
+                if leased:
+                    self._carry(leased)
+                if len(leased) < self._size:
+                    pause = self._of._every
+                if woken and not leased:
+                    self.idle = True
+            except Exception as exc:
+                pause = self._failed(exc)
+                if woken and self.served.failing >= CIRCUIT_OPENS:
+                    self.idle = True
+            stop.wait(pause)
+
+    def _failed(self, exc: Exception) -> float:
+        """Note a failure; gives the pause that follows."""
+        served = self.served
+        served.failures += 1
+        served.failing += 1
+        # The text of what is not ours may hold anything.
+        told = str(exc) if isinstance(exc, RecognitionError) else type(exc).__name__
+        served.last_error = told
+        first, longest = self._of._pauses
+        pause = min(longest, first * 2.0 ** min(served.failing - 1, 30))
+        pause *= random.uniform(0.5, 1.0)
+        level = logging.ERROR if served.failing == CIRCUIT_OPENS else logging.WARNING
+        _log.log(
+            level,
+            "%s: %s, %d in a row, next in %.1f s: %s",
+            self.destination.name,
+            "circuit open" if served.failing >= CIRCUIT_OPENS else "window failed",
+            served.failing,
+            pause,
+            told,
+            exc_info=None if isinstance(exc, RecognitionError) else exc,
+        )
+        return pause
+
+    def renew(self) -> None:
+        """Make the lease of the window in flight longer, unless it flies for too long."""
+        with self._lock:
+            if self._flying and time.monotonic() - self._began < self._of._longest:
+                try:
+                    self._hold(self._flying, self._of._lease, applied=False)
+                except GraphError as exc:
+                    _log.warning("%s: a lease was not renewed: %s", self.destination.name, exc)
+
+    def _hold(self, positions: Sequence[int], seconds: float, *, applied: bool) -> None:
+        self._graph.hold_updates(
+            positions, seconds, applied=applied, destination=self.destination.name
+        )
+
+    def _carry(self, leased: Sequence[Delivery]) -> None:
+        """Apply a window, and say to the outbox what became of each of its updates."""
+        with self._lock:
+            self._flying = [item.position for item in leased]
+            self._began = time.monotonic()
+        try:
+            plan = plan_updates([item.update for item in leased])
+            applied = self._apply(plan)
+        except BaseException as exc:
+            self._land()
+            if isinstance(exc, RecognitionError) and not exc.retryable:
+                self._give_back_refused(leased, exc)
+            else:
+                self._return(leased, exc)
+            raise
+        self._land()
+        self._settle(leased, plan, applied)
+        self.served.windows += 1
+        self.served.failing = 0
+        self._size = min(self.destination.window, self._size * 4)
+        self._applied_since.update(self._refused)
+
+    def _land(self) -> None:
+        with self._lock:
+            self._flying = []
+
+    def _apply(self, plan: Plan) -> Applied:
+        started = time.monotonic()
+        try:
+            applied = self.destination.sink.apply(plan)
+        finally:
+            self.served.seconds += time.monotonic() - started
+        self.served.rows_matched += applied.rows_matched
+        self.served.rows_changed += applied.rows_changed
+        self.served.statements += applied.statements
+        self.served.last_applied = datetime.now(UTC)
+        if self._of._watch is not None:
+            self._of._watch(self.destination.name, plan, applied)
+        return applied
+
+    def _return(self, leased: Sequence[Delivery], exc: BaseException) -> None:
+        self._graph.return_updates(
+            [item.position for item in leased],
+            type(exc).__name__,
+            dead=False,
+            destination=self.destination.name,
+        )
+
+    def _give_back_refused(self, leased: Sequence[Delivery], exc: RecognitionError) -> None:
+        """
+        The destination refused the window, and would again: smaller ones find out what it is.
+
+        An update that was refused alone, three times, while others were applied in between each
+        time, is given up. Where nothing can be applied at all, nobody is.
+        """
+        if len(leased) > 1:
+            self._size = max(1, len(leased) // 2)
+            self._return(leased, exc)
+            return
+        (item,) = leased
+        count = self._refused.get(item.position)
+        if count is None or item.position in self._applied_since:
+            self._refused[item.position] = count = (count or 0) + 1
+        self._applied_since.discard(item.position)
+        if count >= 3:
+            self._refused.pop(item.position)
+            self._bury([(item, str(exc))])
+        else:
+            self._hold([item.position], _delay(item.attempts, self._of._pauses[1]), applied=False)
+
+    def _bury(self, dead: Sequence[tuple[Delivery, str]]) -> None:
+        for item, reason in dead:
+            self._graph.return_updates(
+                [item.position], reason, dead=True, destination=self.destination.name
+            )
+            _log.error(
+                "%s: update %s is given up: %s", self.destination.name, item.update.id, reason
+            )
+        self.served.dead += len(dead)
+
+    def _settle(self, leased: Sequence[Delivery], plan: Plan, applied: Applied) -> None:
+        """Every update of the window is done, held, put off or dead."""
+        refused: dict[str, RecognitionError] = {**dict(plan.rejected), **dict(applied.rejected)}
+        destination = self.destination
+        counted = destination.sink.capabilities.counts_per_update
+        missing = find_unmatched(leased, plan, applied, counted=counted)
+        done: list[Delivery] = []
+        held: list[int] = []
+        dead: list[tuple[Delivery, str]] = []
+        put_off: dict[int, list[int]] = {}
+        now = datetime.now(UTC)
+        for item in leased:
+            update = item.update
+            error = refused.get(update.id)
+            if isinstance(error, TableError) and not isinstance(error, ValueRefusedError):
+                age = (now - update.created_at).total_seconds()
+                if age > self._of._patience and item.attempts >= 5:
+                    dead.append((item, str(error)))
+                else:
+                    put_off.setdefault(item.attempts, []).append(item.position)
+                    self.served.last_error = str(error)
+            elif error is not None:
+                dead.append((item, str(error)))
+            elif item.applied or not destination.settle:
+                done.append(item)
+                self.served.reapplied += item.applied
+                if destination.settle and (rows := missing.get(update.id)):
+                    self._report(update, rows)
+            elif destination.reapply_all or update.id in missing:
+                held.append(item.position)
+            else:
+                done.append(item)
+        for item in leased:
+            if not item.applied and item.update.id not in refused:
+                lag = max(0.0, (now - item.update.created_at).total_seconds())
+                self.served.lag_counts[bisect_left(LAG_BOUNDS, lag)] += 1
+                self.served.lag_sum += lag
+        for attempts, positions in put_off.items():
+            self._hold(positions, _delay(attempts, self._of._pauses[1]), applied=False)
+        if held:
+            self._hold(held, destination.settle, applied=True)
+        self._bury(dead)
+        if done:
+            self._graph.acknowledge([item.position for item in done], destination.name)
+        for item in done:
+            self._refused.pop(item.position, None)
+        self.served.updates += len(done)
+        self.served.held += len(held)
+        self.served.postponed += sum(map(len, put_off.values()))
+        _log.info(
+            "%s: window of %d updates: %d done, %d held, %d put off, %d dead; %d rows matched,"
+            " %d changed, %d statements",
+            destination.name,
+            len(leased),
+            len(done),
+            len(held),
+            sum(map(len, put_off.values())),
+            len(dead),
+            applied.rows_matched,
+            applied.rows_changed,
+            applied.statements,
+        )
+
+    def _report(self, update: UpdateByCriteria, rows: int) -> None:
+        if rows > 0:
+            found = self.served.unmatched.setdefault(update.table, Unmatched())
+            found.updates += 1
+            found.rows += rows
+            found.oldest = min(found.oldest or update.created_at, update.created_at)
+
+    def _fill(self, stop: threading.Event) -> None:
+        """Tell a new destination what the graph knew before it was registered."""
+        assert self._of._rules is not None
+        name = self.destination.name
+        _log.info("%s: is filled with what the graph knows", name)
+        for updates in self._graph.restate(self._of._rules):
+            if stop.is_set():
+                return  # from the beginning, the next time
+            plan = plan_updates(updates)
+            applied = self._apply(plan)
+            refused = [*plan.rejected, *applied.rejected]
+            self.served.filled += len(updates) - len(refused)
+            if refused:
+                self.served.last_error = str(refused[0][1])
+                _log.warning(
+                    "%s: %d updates of what the graph knows were refused, the first: %s",
+                    name,
+                    len(refused),
+                    refused[0][1],
+                )
+        self._graph.add_destination(name, filled=True)
+        self.unfilled = False
+        _log.info("%s: was filled, %d updates", name, self.served.filled)
+
+
+def find_unmatched(
+    leased: Sequence[Delivery], plan: Plan, applied: Applied, *, counted: bool = True
+) -> dict[str, int]:
+    """
+    The updates of a window of which rows may be missing: how many, by the update's id.
+
+    0 stands for "not known": the update does not say how many rows it expects. Of a sink that does
+    not count by update (``counted``) all may be missing where fewer came than the window expects.
+    """
+    expected: dict[str, int] = {}
+    for step in plan.steps:
+        for row in step.rows:
+            # What a later update of the plan covers is expected of that one.
+            expected[row.update_id] = expected.get(row.update_id, 0) + (row.expected_rows or 0)
+    other = counted or applied.rows_matched >= sum(expected.values())
+    missing: dict[str, int] = {}
+    for item in leased:
+        update = item.update
+        wanted = expected.get(update.id)
+        if wanted is None:
+            continue  # nothing is left of it
+        found = applied.matched_by_update.get(update.id, wanted if other else 0)
+        if update.expected_rows is None:
+            missing[update.id] = 0
+        elif found < wanted:
+            missing[update.id] = wanted - found
+    return missing
+
+
+def _delay(attempts: int, longest: float) -> float:
+    """When something that failed so often before is tried again, in seconds."""
+    return min(longest, 5.0 * 2.0 ** min(attempts, 30)) * random.uniform(0.5, 1.0)

@@ -748,12 +748,17 @@ class RejectsFile:
 
     Hand one object to all `read_events` of a run: each object begins the file anew.
 
+    Args:
+        path: The file.
+        append: Add to the file that is there; for a process that is started again and again.
+
     Raises:
         ConfigurationError: The file cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, append: bool = False) -> None:
         self.path = path
+        self._mode = "ab" if append else "wb"
         #: How many rejects were written.
         self.count = 0
         self._file: IO[bytes] | None = None
@@ -772,7 +777,7 @@ class RejectsFile:
             row["raw_base64"] = base64.b64encode(reject.raw).decode("ascii")
         try:
             if self._file is None:
-                self._file = open(self.path, "wb")  # noqa: SIM115 - closed by close()
+                self._file = open(self.path, self._mode)  # noqa: SIM115 - closed by close()
             self._file.write(json.dumps(row).encode() + b"\n")
             self._file.flush()
         except OSError as exc:

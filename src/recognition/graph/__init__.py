@@ -9,10 +9,12 @@ warehouse: it makes a decision and the updates that follow from it durable in on
 from __future__ import annotations
 
 import difflib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from recognition.graph.moving import Record
 
 __all__ = [
+    "Backlog",
     "Delivery",
     "Explanation",
     "Graph",
@@ -58,6 +61,21 @@ class Delivery(NamedTuple):
     update: UpdateByCriteria
     attempts: int
     """How often it was leased before."""
+    applied: bool = False
+    """It was applied before, and held until its rows had settled: this is the time after that."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backlog:
+    """What a destination has not done yet, in numbers of updates."""
+
+    waiting: int
+    """Never applied: those that are leased now among them."""
+    held: int
+    """Applied, and held until they are applied again."""
+    dead: int
+    oldest: datetime | None
+    """When the oldest of those that wait was decided."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,21 +134,80 @@ class Graph(Protocol):
     def decided_with(self, workspace: str) -> str | None:
         """`Rules.fingerprint` of the workspace's first decision; ``None`` before it."""
 
-    def lease_updates(self, limit: int, seconds: float) -> list[Delivery]:
+    def tables(self, workspace: str) -> set[str]:
+        """Every table that rows of the workspace were ever seen for."""
+
+    def lease_updates(self, limit: int, seconds: float, destination: str = "") -> list[Delivery]:
         """
         Take up to ``limit`` updates out, oldest first, hidden from others for ``seconds``.
 
-        An update whose lease ended without an acknowledgement comes again.
+        An update whose lease ended without an acknowledgement comes again. Every destination that
+        is registered gets every update, each at its own pace; where none is, whoever names none is
+        the only one.
+
+        Raises:
+            ConfigurationError: Such a destination is not registered; or none is named, and some
+                are. Nothing was written.
         """
 
-    def acknowledge(self, positions: Collection[int]) -> None:
-        """Those updates are applied. A position that is gone already is left alone."""
+    def acknowledge(self, positions: Collection[int], destination: str = "") -> None:
+        """
+        The destination has applied those updates; one that all have applied leaves the outbox.
 
-    def return_updates(self, positions: Collection[int], reason: str, *, dead: bool) -> None:
+        A position that is gone already is left alone.
+        """
+
+    def hold_updates(
+        self, positions: Collection[int], seconds: float, *, applied: bool, destination: str = ""
+    ) -> None:
+        """
+        Nobody gets those updates for so many seconds from now; then they come again.
+
+        A lease is made longer by this, or given back for later. What is acknowledged, or dead, is
+        left alone.
+
+        Args:
+            applied: They were applied, and are held until their rows have settled: `Delivery` says
+                so when they come. They stay so, whatever happens to them later.
+        """
+
+    def return_updates(
+        self, positions: Collection[int], reason: str, *, dead: bool, destination: str = ""
+    ) -> None:
         """Give leases back; ``dead``: never lease them again, keep them with the reason."""
 
-    def dead_updates(self, limit: int) -> list[tuple[Delivery, str]]:
-        """Updates that were given up, oldest first, with the reason."""
+    def dead_updates(self, limit: int, destination: str = "") -> list[tuple[Delivery, str]]:
+        """Updates that were given up for a destination, oldest first, with the reason."""
+
+    def destinations(self) -> dict[str, bool]:
+        """Those that are registered, each with whether it was filled; see `add_destination`."""
+
+    def add_destination(self, name: str, *, filled: bool = False) -> None:
+        """
+        From now on the outbox serves this destination too. The second time only ``filled`` counts.
+
+        It gets what is in the outbox, and everything later. What left the outbox before it did not
+        get: `restate` says who owns what now.
+
+        Args:
+            name: Small letters, digits, ``_`` and ``-``, 63 at most.
+            filled: Everything of before is there by now.
+        """
+
+    def drop_destination(self, name: str) -> None:
+        """Forget a destination and what it has not done; one that is not there is left alone."""
+
+    def backlog(self, destination: str = "") -> Backlog:
+        """What a destination has not done. Reads all of it: now and then, not for each window."""
+
+    def restate(self, rules: Rules, size: int = 200) -> Iterator[list[UpdateByCriteria]]:
+        """
+        All that the graph knows about rows of a workspace, as updates that say it once more.
+
+        For a destination that was added later; rows that hold another owner are set too. Nothing is
+        put into the outbox. Read while it is taken, ``size`` devices or identifiers in a
+        transaction: what is decided meanwhile has greater numbers than what was given before.
+        """
 
     def stats(self) -> GraphStats:
         """Count what is there. Reads all of it: not for the hot path."""
@@ -229,10 +306,33 @@ class StoredGraph(ABC):
         with self._reader(rules.workspace) as store:
             return explain(store, rules, subject)
 
+    def restate(self, rules: Rules, size: int = 200) -> Iterator[list[UpdateByCriteria]]:
+        """See `Graph.restate`."""
+
+        def page(after: int, known: bool) -> tuple[list[int], list[UpdateByCriteria]]:
+            def work(store: Store) -> tuple[list[int], list[UpdateByCriteria]]:
+                handles = store.page(after, size, known=known)
+                devices, people = ([], handles) if known else (handles, [])
+                return handles, decisions.restate(store, rules, devices, people)
+
+            return self._run(rules, work)
+
+        for known in (False, True):
+            handles, updates = page(0, known)
+            while handles:
+                if updates:
+                    yield updates
+                handles, updates = page(handles[-1], known)
+
     def decided_with(self, workspace: str) -> str | None:
         """See `Graph.decided_with`."""
         with self._reader(workspace) as store:
             return store.decided_with("") or None
+
+    def tables(self, workspace: str) -> set[str]:
+        """See `Graph.tables`."""
+        with self._reader(workspace) as store:
+            return store.tables()
 
     def rehearse(self) -> Graph:
         """See `Graph.rehearse`."""
@@ -265,6 +365,31 @@ class StoredGraph(ABC):
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+_DESTINATION = re.compile(r"[a-z0-9_][a-z0-9_-]{0,62}")
+
+
+def check_name(destination: str) -> None:
+    """Refuse what cannot be the name of a destination."""
+    if not _DESTINATION.fullmatch(destination):
+        raise ConfigurationError(
+            "the name of a destination is small letters, digits, _ and -, 63 at most, and begins"
+            " with no -. Nothing was written."
+        )
+
+
+def check_destination(destination: str, registered: Collection[str]) -> None:
+    """Refuse to lease for a destination that the outbox does not serve."""
+    if destination == "" and registered:
+        raise ConfigurationError(
+            f"the outbox serves {', '.join(sorted(registered))}; updates are applied to these, by"
+            " `recognition worker`, and not to a sink beside them. Nothing was applied."
+        )
+    if destination and destination not in registered:
+        raise ConfigurationError(
+            f"the outbox serves no destination {destination!r}. Nothing was applied."
+        )
 
 
 _BUILT_IN = {

@@ -216,6 +216,18 @@ def catch_up(
     return _Decision(store, rules).catch_up(missed, tables)
 
 
+def restate(
+    store: Store, rules: Rules, timelines: Collection[int], identifiers: Collection[int]
+) -> list[UpdateByCriteria]:
+    """
+    The updates that say who owns the rows of these timelines and known identifiers now.
+
+    They are for rows of which nothing is known: those that hold another owner change too. They are
+    given, and not put into the outbox; later decisions have greater numbers.
+    """
+    return _Decision(store, rules).restate(timelines, identifiers)
+
+
 def device_rows(
     rules: Rules, observations: Sequence[Observation]
 ) -> tuple[list[tuple[str, Observation]], list[tuple[str, Observation]]]:
@@ -1054,6 +1066,36 @@ class _Decision:
                         part = Change(max(start, low), min(end, high), None, new)
                         if part.start < part.end:
                             self._emit_range(table, handle, names[handle], part, new, cause)
+
+    # ---------------------------------------------------------------- what is, once more
+
+    def restate(
+        self, timelines: Collection[int], identifiers: Collection[int]
+    ) -> list[UpdateByCriteria]:
+        store = self._store
+        windows = dict.fromkeys(timelines, (BEGINNING, END))
+        names = store.anonymous_ids(timelines)
+        claims = store.claims(windows)
+        owners = self._owners_of(
+            {c.owner for found in claims.values() for c in found if isinstance(c.owner, int)}
+        )
+        self._after.update(owners)
+        persons = self._owners_of(set(identifiers))
+        store.lock(claims, {*owners, *persons})
+        rows = store.rows(windows)
+        self._read_soft(windows)
+        for timeline, found in claims.items():
+            cause = Cause(anonymous_id=names[timeline])
+            taken_back = _ends(found)
+            for start, end, owner in spans(found, self._rules.attribution):
+                new = self._after.get(owner) if isinstance(owner, int) else None
+                if new is None and not taken_back:
+                    continue  # what is nobody's never was anybody's
+                change = Change(start, end, _ANOTHER, new)
+                held = rows.get(timeline, _NO_ROWS)
+                self._rewrite_span(timeline, names[timeline], change, held, cause)
+        self._rewrite_identified(persons, None)
+        return self._updates
 
     # ---------------------------------------------------------------- undo
 

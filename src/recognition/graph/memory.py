@@ -19,7 +19,14 @@ from typing import TypeVar
 from recognition.attribution import BEGINNING, DAY, END, Claim
 from recognition.errors import ConfigurationError, GraphError, InputError
 from recognition.events import Identifier
-from recognition.graph import Delivery, GraphStats, StoredGraph
+from recognition.graph import (
+    Backlog,
+    Delivery,
+    GraphStats,
+    StoredGraph,
+    check_destination,
+    check_name,
+)
 from recognition.graph.store import (
     Day,
     Known,
@@ -43,12 +50,12 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(slots=True)
-class _Waiting:
-    """An update in the outbox."""
+class _Progress:
+    """How far a destination is with an update."""
 
-    update: UpdateByCriteria
     attempts: int = 0
-    leased_until: float = 0.0
+    until: float = 0.0
+    applied: bool = False
     dead: str | None = None
 
 
@@ -67,7 +74,10 @@ class MemoryGraph(StoredGraph):
         self._below = below
         self._open = ExitStack()
         self._stores: dict[str, _MemoryStore] = {}
-        self._outbox: dict[int, _Waiting] = {}
+        self._outbox: dict[int, UpdateByCriteria] = {}
+        #: By destination, what it has not done; ``""`` is whoever names none.
+        self._progress: dict[str, dict[int, _Progress]] = {"": {}}
+        self._filled: dict[str, bool] = {}
         self._position = 0
         self._failed: str | None = None
 
@@ -103,7 +113,9 @@ class MemoryGraph(StoredGraph):
                 raise
             for update in store.take_emitted():
                 self._position += 1
-                self._outbox[self._position] = _Waiting(update)
+                self._outbox[self._position] = update
+                for progress in self._progress.values():
+                    progress[self._position] = _Progress()
 
     def _run(self, rules: Rules, work: Callable[[Store], _Result]) -> _Result:
         with self._transaction(rules.workspace) as store:
@@ -112,48 +124,108 @@ class MemoryGraph(StoredGraph):
     def _reader(self, workspace: str) -> AbstractContextManager[Store]:
         return self._transaction(workspace, write=False)
 
-    def lease_updates(self, limit: int, seconds: float) -> list[Delivery]:
+    def lease_updates(self, limit: int, seconds: float, destination: str = "") -> list[Delivery]:
         """See `Graph.lease_updates`."""
         now = time.monotonic()
         with self._lock:
+            check_destination(destination, self._filled)
             found: list[Delivery] = []
-            for position, waiting in self._outbox.items():
+            for position, mine in self._progress[destination].items():
                 if len(found) == limit:
                     break
-                if waiting.dead is None and waiting.leased_until <= now:
-                    found.append(Delivery(position, waiting.update, waiting.attempts))
-                    waiting.attempts += 1
-                    waiting.leased_until = now + seconds
+                if mine.dead is None and mine.until <= now:
+                    update = self._outbox[position]
+                    found.append(Delivery(position, update, mine.attempts, mine.applied))
+                    mine.attempts += 1
+                    mine.until = now + seconds
             return found
 
-    def acknowledge(self, positions: Collection[int]) -> None:
+    def acknowledge(self, positions: Collection[int], destination: str = "") -> None:
         """See `Graph.acknowledge`."""
         with self._lock:
             for position in positions:
-                self._outbox.pop(position, None)
+                self._progress.get(destination, {}).pop(position, None)
+                if not any(position in mine for mine in self._progress.values()):
+                    self._outbox.pop(position, None)
 
-    def return_updates(self, positions: Collection[int], reason: str, *, dead: bool) -> None:
+    def hold_updates(
+        self, positions: Collection[int], seconds: float, *, applied: bool, destination: str = ""
+    ) -> None:
+        """See `Graph.hold_updates`."""
+        with self._lock:
+            for position in positions:
+                mine = self._progress.get(destination, {}).get(position)
+                if mine is not None and mine.dead is None:
+                    mine.until = time.monotonic() + seconds
+                    mine.applied = mine.applied or applied
+
+    def return_updates(
+        self, positions: Collection[int], reason: str, *, dead: bool, destination: str = ""
+    ) -> None:
         """See `Graph.return_updates`."""
         with self._lock:
             for position in positions:
-                if position in self._outbox:
-                    self._outbox[position].leased_until = 0.0
-                    self._outbox[position].dead = reason if dead else None
+                mine = self._progress.get(destination, {}).get(position)
+                if mine is not None:
+                    mine.until = 0.0
+                    mine.dead = reason if dead else None
 
-    def dead_updates(self, limit: int) -> list[tuple[Delivery, str]]:
+    def dead_updates(self, limit: int, destination: str = "") -> list[tuple[Delivery, str]]:
         """See `Graph.dead_updates`."""
         with self._lock:
             return [
-                (Delivery(position, waiting.update, waiting.attempts), waiting.dead)
-                for position, waiting in self._outbox.items()
-                if waiting.dead is not None
+                (Delivery(position, self._outbox[position], p.attempts, p.applied), p.dead)
+                for position, p in self._progress.get(destination, {}).items()
+                if p.dead is not None
             ][:limit]
+
+    def destinations(self) -> dict[str, bool]:
+        """See `Graph.destinations`."""
+        with self._lock:
+            return dict(self._filled)
+
+    def add_destination(self, name: str, *, filled: bool = False) -> None:
+        """See `Graph.add_destination`."""
+        check_name(name)
+        with self._lock:
+            if name not in self._filled:
+                self._progress.pop("", None)
+                self._progress[name] = {position: _Progress() for position in self._outbox}
+                self._filled[name] = filled
+            self._filled[name] = self._filled[name] or filled
+
+    def drop_destination(self, name: str) -> None:
+        """See `Graph.drop_destination`."""
+        with self._lock:
+            if self._filled.pop(name, None) is None:
+                return
+            gone = self._progress.pop(name)
+            if not self._progress:
+                self._progress[""] = {position: _Progress() for position in self._outbox}
+            for position in gone:
+                if not any(position in mine for mine in self._progress.values()):
+                    del self._outbox[position]
+
+    def backlog(self, destination: str = "") -> Backlog:
+        """See `Graph.backlog`."""
+        with self._lock:
+            check_destination(destination, self._filled)
+            mine = self._progress[destination]
+            living = [(position, p) for position, p in mine.items() if p.dead is None]
+            waiting = [self._outbox[position].created_at for position, p in living if not p.applied]
+            return Backlog(
+                waiting=len(waiting),
+                held=len(living) - len(waiting),
+                dead=len(mine) - len(living),
+                oldest=min(waiting, default=None),
+            )
 
     def stats(self) -> GraphStats:
         """See `Graph.stats`; of a rehearsal, what it touched. ``bytes`` is 0."""
         with self._lock:
             stores = self._stores.values()
-            dead = sum(waiting.dead is not None for waiting in self._outbox.values())
+            given = [one for mine in self._progress.values() for one in mine.items()]
+            pending = {position for position, p in given if p.dead is None}
             links = [link for s in stores for found in s.all_links() for link in found]
             return GraphStats(
                 anonymous_ids=sum(len(s.handles_by_device) for s in stores),
@@ -170,8 +242,8 @@ class MemoryGraph(StoredGraph):
                     for by_tables, _ in s.rows_by_subject.values()
                     for refs in by_tables.values()
                 ),
-                pending_updates=len(self._outbox) - dead,
-                dead_updates=dead,
+                pending_updates=len(pending),
+                dead_updates=sum(p.dead is not None for _, p in given),
                 bytes=0,
             )
 
@@ -198,6 +270,8 @@ class MemoryGraph(StoredGraph):
             self._open.close()
             self._stores.clear()
             self._outbox.clear()
+            self._progress = {"": {}}
+            self._filled.clear()
 
 
 # Of one subject, by tables: message ids with their times, and the days that have rows.
@@ -545,6 +619,14 @@ class _MemoryStore:
     def next_sequence(self) -> int:
         self.sequence = self.last_sequence() + 1
         return self.sequence
+
+    def page(self, after: int, limit: int, *, known: bool) -> list[int]:
+        mine = self.by_handle if known else self.claimed
+        below: list[int] = []
+        if self.below is not None and after < self.first:
+            below = self.below.page(after, limit, known=known)
+        found = {*below, *(handle for handle in mine if handle > after)}
+        return sorted(found)[:limit]
 
     def lock(self, timelines: Collection[int], identifiers: Collection[int]) -> None:
         pass  # writers take turns

@@ -44,10 +44,12 @@ workspace, made with the salt of this graph. It is the beginning of every key, a
                identifier, timeline               which timelines an identifier ever claimed
 ``links``      component, a, b                    with where each was seen, refused ones too
 ``rows_0*``    subject, day, place, reference     message references and days, 32 days each
-``outbox``     sequence                           updates that wait; leases by the server's clock
+``outbox``     sequence                           updates that wait; leases by the server's clock,
+                                                  and how far each named destination is
                minus a sequence                   sweeps, for as long as they are not done
 ``dead``       sequence                           updates that were given up, with the reason
-``meta``       text                               schema and salt, sequence, workspaces
+``meta``       text                               schema and salt, sequence, workspaces,
+                                                  destinations
 =============  =================================  ===============================================
 
 ``rows_*`` and ``claims`` are clustered by their key and have no index. They are only read by ranges
@@ -113,12 +115,15 @@ from recognition.errors import (
 )
 from recognition.events import Identifier
 from recognition.graph import (
+    Backlog,
     Delivery,
     GraphStats,
     Observation,
     Outcome,
     Receipt,
     StoredGraph,
+    check_destination,
+    check_name,
     decisions,
 )
 from recognition.graph.moving import Record
@@ -194,6 +199,14 @@ _GRABBED = "l"
 _DAY_KIND = 3
 _REST = 20  # bytes of a row's key after digest, day and place
 _NEVER = datetime(1970, 1, 1, tzinfo=UTC)
+
+# How far a destination with a name is with an update: a part of the update's document, absent until
+# it is leased first. Who names none has the same fields in the document itself, and `dead` apart.
+_PROGRESS = "to"
+# Ends of leases that never come: applied, and given up.
+_DONE = datetime(9999, 1, 1, tzinfo=UTC)
+_DEAD = datetime(9998, 1, 1, tzinfo=UTC)
+_DESTINATIONS = "destinations"
 
 _MAJORITY = WriteConcern("majority")
 
@@ -950,48 +963,95 @@ class MongoGraph(StoredGraph):
 
     # ---------------------------------------------------------------- outbox
 
-    def lease_updates(self, limit: int, seconds: float) -> list[Delivery]:
+    def lease_updates(self, limit: int, seconds: float, destination: str = "") -> list[Delivery]:
         """See `Graph.lease_updates`."""
         if limit < 1:  # which MongoDB takes for "all"
             return []
         holder = secrets.token_bytes(DIGEST)
         outbox = self._db["outbox"]
-        free = {"_id": {"$gt": 0}, "$expr": {"$lte": ["$until", "$$NOW"]}}
-
+        at = _progress(destination)
+        free = {
+            "_id": {"$gt": 0},
+            "$expr": {"$lte": [{"$ifNull": [f"${at}until", _NEVER]}, "$$NOW"]},
+        }
+        until = {"$add": ["$$NOW", round(seconds * 1000)]}
+        count = {"$add": [{"$ifNull": [f"${at}n", 0]}, 1]}
+        leased_by = {f"{at}until": until, f"{at}holder": holder, f"{at}n": count}
+        check_destination(destination, self.destinations())
         tried: list[int] = []
 
         def lease() -> list[_Document]:
-            until = {"$add": ["$$NOW", round(seconds * 1000)]}
             while True:
                 # Some of them may have been leased by another worker in between: if all, go on.
                 # And where the connection broke, they may be ours already.
-                mine = {"_id": {"$in": tried}, "holder": holder}
+                mine = {"_id": {"$in": tried}, f"{at}holder": holder}
                 if tried and (leased := list(outbox.find(mine).sort("_id", 1))):
                     return leased
-                tried[:] = [
-                    d["_id"] for d in outbox.find(free, {"_id": 1}).sort("_id", 1).limit(limit)
-                ]
+                if destination:
+                    tried[:] = self._free(f"{at}until", limit)
+                else:
+                    tried[:] = [
+                        d["_id"] for d in outbox.find(free, {"_id": 1}).sort("_id", 1).limit(limit)
+                    ]
                 if not tried:
                     return []
-                outbox.update_many(
-                    {**free, "_id": {"$in": tried}},
-                    [{"$set": {"until": until, "holder": holder, "n": {"$add": ["$n", 1]}}}],
-                )
+                outbox.update_many({**free, "_id": {"$in": tried}}, [{"$set": leased_by}])
 
-        return [
-            Delivery(d["_id"], parse_update(d["body"]), d["n"] - 1) for d in self._patiently(lease)
-        ]
+        return [_delivery(document, destination, 1) for document in self._patiently(lease)]
 
-    def acknowledge(self, positions: Collection[int]) -> None:
+    def _free(self, until: str, limit: int) -> list[int]:
+        """What may be leased for a destination with a name, by its index."""
+        outbox, order = self._db["outbox"], [(until, 1), ("_id", 1)]
+        now = self._db.command("hello")["localTime"]
+        again = outbox.find({until: {"$lte": now}}, {"_id": 1}).sort(order).limit(limit)
+        new = outbox.find({until: None, "_id": {"$gt": 0}}, {"_id": 1}).sort(order).limit(limit)
+        return sorted(d["_id"] for found in (again, new) for d in found)[:limit]
+
+    def acknowledge(self, positions: Collection[int], destination: str = "") -> None:
         """See `Graph.acknowledge`."""
         keys = list(positions)
+        if destination:
+            at = _progress(destination)
+            done: _Document = {"$set": {f"{at}until": _DONE}, "$unset": {f"{at}holder": ""}}
+            self._patiently(
+                lambda: self._db["outbox"].update_many({"_id": {"$in": keys, "$gt": 0}}, done)
+            )
+            self._drop_done({"$in": keys, "$gt": 0})
+            return
         for name in ("outbox", "dead"):
             self._patiently(partial(self._db[name].delete_many, {"_id": {"$in": keys}}))
 
-    def return_updates(self, positions: Collection[int], reason: str, *, dead: bool) -> None:
+    def _drop_done(self, chosen: _Document) -> None:
+        """Take updates out of the outbox that every destination has applied."""
+        names = self.destinations()
+        done = {f"{_progress(name)}until": _DONE for name in names}
+        if names:
+            self._patiently(lambda: self._db["outbox"].delete_many({"_id": chosen, **done}))
+
+    def hold_updates(
+        self, positions: Collection[int], seconds: float, *, applied: bool, destination: str = ""
+    ) -> None:
+        """See `Graph.hold_updates`."""
+        at = _progress(destination)
+        chosen = {"_id": {"$in": list(positions), "$gt": 0}, f"{at}until": {"$lt": _DEAD}}
+        fields: _Document = {f"{at}until": {"$add": ["$$NOW", round(seconds * 1000)]}}
+        if applied:
+            fields[f"{at}applied"] = True
+        self._patiently(lambda: self._db["outbox"].update_many(chosen, [{"$set": fields}]))
+
+    def return_updates(
+        self, positions: Collection[int], reason: str, *, dead: bool, destination: str = ""
+    ) -> None:
         """See `Graph.return_updates`."""
         keys = list(positions)
-        chosen = {"_id": {"$in": keys}}
+        chosen: _Document = {"_id": {"$in": keys}}
+        if destination:
+            at = _progress(destination)
+            fields: _Document = {f"{at}until": _DEAD if dead else _NEVER, f"{at}reason": reason}
+            # What was done, and what was never leased, is left alone.
+            chosen = {"_id": {"$in": keys, "$gt": 0}, f"{at}until": {"$lt": _DONE}}
+            self._patiently(lambda: self._db["outbox"].update_many(chosen, {"$set": fields}))
+            return
         # There before it is gone here: whoever dies in between leaves it in both, and it comes
         # again.
         if dead:
@@ -1011,12 +1071,81 @@ class MongoGraph(StoredGraph):
             )
             self._db[source].delete_many({"_id": {"$in": [d["_id"] for d in found]}})
 
-    def dead_updates(self, limit: int) -> list[tuple[Delivery, str]]:
+    def dead_updates(self, limit: int, destination: str = "") -> list[tuple[Delivery, str]]:
         """See `Graph.dead_updates`."""
         if limit < 1:
             return []
-        found = self._patiently(lambda: list(self._db["dead"].find().sort("_id", 1).limit(limit)))
-        return [(Delivery(d["_id"], parse_update(d["body"]), d["n"]), d["reason"]) for d in found]
+        name, chosen = ("outbox", _dead_of(destination)) if destination else ("dead", {})
+        found = self._patiently(
+            lambda: list(self._db[name].find(chosen).sort("_id", 1).limit(limit))
+        )
+        return [
+            (_delivery(d, destination, 0), _part(d, destination).get("reason", "")) for d in found
+        ]
+
+    def destinations(self) -> dict[str, bool]:
+        """See `Graph.destinations`."""
+        found = self._patiently(lambda: self._db["meta"].find_one({"_id": _DESTINATIONS}))
+        names: dict[str, bool] = {} if found is None else found["names"]
+        return names
+
+    def add_destination(self, name: str, *, filled: bool = False) -> None:
+        """See `Graph.add_destination`."""
+        check_name(name)
+        field = f"names.{name}"
+        order = [(f"{_progress(name)}until", 1), ("_id", 1)]
+        self._patiently(
+            lambda: self._db["outbox"].create_index(order, name=f"{_DESTINATIONS} {name}")
+        )
+        if not self.destinations():  # what had died for nobody by name is tried anew
+            self._patiently(lambda: self._move("dead", "outbox", {}, {"until": _NEVER}))
+        self._patiently(
+            lambda: self._db["meta"].update_one(
+                {"_id": _DESTINATIONS}, {"$max": {field: filled}}, upsert=True
+            )
+        )
+        # What a worker that died between its two steps has left.
+        self._drop_done({"$gt": 0})
+
+    def drop_destination(self, name: str) -> None:
+        """See `Graph.drop_destination`."""
+        check_name(name)
+        if name not in self.destinations():
+            return
+        meta, outbox = self._db["meta"], self._db["outbox"]
+        gone = {"$unset": {f"names.{name}": ""}}
+        self._patiently(lambda: meta.update_one({"_id": _DESTINATIONS}, gone))
+        self._drop_done({"$gt": 0})
+        field = f"{_PROGRESS}.{name}"
+        self._patiently(
+            lambda: outbox.update_many({field: {"$exists": True}}, {"$unset": {field: ""}})
+        )
+        index = f"{_DESTINATIONS} {name}"
+        if index in self._patiently(outbox.index_information):
+            self._patiently(lambda: outbox.drop_index(index))
+
+    def backlog(self, destination: str = "") -> Backlog:
+        """See `Graph.backlog`."""
+        check_destination(destination, self.destinations())
+        outbox, at = self._db["outbox"], _progress(destination)
+        living = {"_id": {"$gt": 0}, f"{at}until": {"$not": {"$gte": _DEAD}}}
+        waiting = {**living, f"{at}applied": None}
+        held = {**living, f"{at}applied": True}
+
+        def count() -> Backlog:
+            first = outbox.find_one(waiting, sort=[("_id", 1)])
+            if destination:
+                dead = outbox.count_documents(_dead_of(destination))
+            else:
+                dead = self._db["dead"].estimated_document_count()
+            return Backlog(
+                waiting=outbox.count_documents(waiting),
+                held=outbox.count_documents(held),
+                dead=dead,
+                oldest=None if first is None else parse_update(first["body"]).created_at,
+            )
+
+        return self._patiently(count)
 
     # ---------------------------------------------------------------- the whole graph
 
@@ -1050,6 +1179,12 @@ class MongoGraph(StoredGraph):
         known = next(iter(db["subjects"].aggregate(persons, allowDiskUse=True)), {})
         claimed = next(iter(db["subjects"].aggregate(claims)), {})
         sweeps = db["outbox"].count_documents({"_id": {"$lt": 0}})
+        pending = max(0, db["outbox"].estimated_document_count() - sweeps)
+        dead = db["dead"].estimated_document_count()
+        if names := self.destinations():
+            open_for = [{f"{_progress(n)}until": {"$not": {"$gte": _DEAD}}} for n in names]
+            pending = db["outbox"].count_documents({"_id": {"$gt": 0}, "$or": open_for})
+            dead += sum(db["outbox"].count_documents(_dead_of(name)) for name in names)
         disk = db.command("dbStats")
         return GraphStats(
             anonymous_ids=devices,
@@ -1059,8 +1194,8 @@ class MongoGraph(StoredGraph):
             links=db["links"].count_documents({"r": ""}),
             conflicts=db["links"].count_documents({"r": {"$in": ["unique", "limit"]}}),
             references=references,
-            pending_updates=max(0, db["outbox"].estimated_document_count() - sweeps),
-            dead_updates=db["dead"].estimated_document_count(),
+            pending_updates=pending,
+            dead_updates=dead,
             bytes=int(disk["storageSize"] + disk["indexSize"]),
         )
 
@@ -1924,6 +2059,14 @@ class _MongoStore:
 
     # ---------------------------------------------------------------- order
 
+    def page(self, after: int, limit: int, *, known: bool) -> list[int]:
+        chosen: _Document = {"_id": {"$gt": _key(after)}, "w": self._workspace.name}
+        chosen |= {"t": {"$exists": True}} if known else {"n": {"$gt": 0}}
+        found = self._db["subjects"].find(
+            chosen, {"_id": 1}, session=self._session, sort=[("_id", 1)], limit=limit
+        )
+        return [int.from_bytes(document["_id"]) for document in found]
+
     def lock(self, timelines: Collection[int], identifiers: Collection[int]) -> None:
         self._locked.update(map(_key, timelines))
         self._locked.update(map(_key, identifiers))
@@ -2220,6 +2363,29 @@ def _trait(stored: Sequence[Any]) -> Trait:
 
 
 # -------------------------------------------------------------------- the server
+
+
+def _progress(destination: str) -> str:
+    """What comes before the names of the fields that say how far a destination is."""
+    return f"{_PROGRESS}.{destination}." if destination else ""
+
+
+def _part(document: _Document, destination: str) -> _Document:
+    part: _Document = document
+    if destination:
+        part = document.get(_PROGRESS, {}).get(destination, {})
+    return part
+
+
+def _dead_of(destination: str) -> _Document:
+    return {f"{_progress(destination)}until": _DEAD}
+
+
+def _delivery(document: _Document, destination: str, this: int) -> Delivery:
+    """``this``: the leases that are counted and do not lie before."""
+    part = _part(document, destination)
+    body = parse_update(document["body"])
+    return Delivery(document["_id"], body, part["n"] - this, part.get("applied", False))
 
 
 def _connect(url: str, timeout: float) -> MongoClient[_Document]:

@@ -38,7 +38,14 @@ from recognition.errors import (
     RecognitionError,
 )
 from recognition.events import Identifier
-from recognition.graph import Delivery, GraphStats, StoredGraph
+from recognition.graph import (
+    Backlog,
+    Delivery,
+    GraphStats,
+    StoredGraph,
+    check_destination,
+    check_name,
+)
 from recognition.graph.moving import (
     PART,
     ForgottenRecord,
@@ -83,7 +90,7 @@ from recognition.rules import Rules
 
 # "RECG": says that a file is ours (https://www.sqlite.org/pragma.html#pragma_application_id).
 APPLICATION_ID = 0x52454347
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -136,10 +143,21 @@ CREATE TABLE IF NOT EXISTS days (
     subject INTEGER, day INTEGER, place INTEGER, PRIMARY KEY (subject, day, place)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS outbox (
-    position INTEGER PRIMARY KEY AUTOINCREMENT, body TEXT NOT NULL,
-    leased_until REAL NOT NULL DEFAULT 0, holder TEXT, attempts INTEGER NOT NULL DEFAULT 0,
-    dead TEXT
+    position INTEGER PRIMARY KEY AUTOINCREMENT, body TEXT NOT NULL
 );
+-- name: empty for whoever names none, for as long as no other is there
+-- given: the last position that it ever got (writers take turns, so none below it comes later)
+CREATE TABLE IF NOT EXISTS destinations (
+    id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, given INTEGER NOT NULL,
+    filled INTEGER NOT NULL
+);
+-- what a destination was given and has not done
+CREATE TABLE IF NOT EXISTS deliveries (
+    destination INTEGER, position INTEGER, until REAL NOT NULL, holder TEXT,
+    attempts INTEGER NOT NULL, applied INTEGER NOT NULL DEFAULT 0, dead TEXT,
+    PRIMARY KEY (destination, position)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS deliveries_until ON deliveries (destination, until) WHERE dead IS NULL;
 """
 
 # A row of a WITHOUT ROWID table spills to overflow pages above about a quarter of a page
@@ -239,7 +257,7 @@ class SqliteGraph(StoredGraph):
                     " Nothing was written."
                 )
             self._create()
-        elif version == 1:
+        elif version in (1, 2):
             self._migrate()
         elif version != SCHEMA_VERSION:
             raise GraphSchemaError(
@@ -264,36 +282,63 @@ class SqliteGraph(StoredGraph):
             raise
 
     def _migrate(self) -> None:
-        """Bring a file of version 1 to this one, whole or not at all; readers see the old one."""
+        """Bring an older file to this version, whole or not at all; readers see the old one."""
         connection = self._connection
         connection.execute("BEGIN IMMEDIATE")
         try:
-            if self._count("PRAGMA user_version") == 1:  # nobody else has done it meanwhile
-                salt = connection.execute("SELECT value FROM meta WHERE name = 'salt'").fetchone()
-                names = dict(connection.execute("SELECT id, name FROM names"))
-
-                def digest(workspace: int, key: bytes | str) -> bytes:
-                    return _digester(salt[0], names[workspace])(ANONYMOUS, unpack_id(key))
-
-                connection.create_function("digest", 2, digest)
-                connection.execute("ALTER TABLE timelines RENAME TO timelines_1")
+            version = self._count("PRAGMA user_version")
+            if version < SCHEMA_VERSION:  # nobody else has done it meanwhile
+                if version == 1:
+                    connection.execute("ALTER TABLE timelines RENAME TO timelines_1")
+                connection.execute("ALTER TABLE outbox RENAME TO outbox_2")
                 for statement in _SCHEMA.split(";"):
                     connection.execute(statement)
-                connection.execute(
-                    "INSERT INTO timelines SELECT digest(workspace, key), workspace, id, claimed,"
-                    " released FROM timelines_1 ORDER BY 1"
-                )
-                connection.execute("DROP TABLE timelines_1")
-                connection.execute(
-                    "INSERT INTO meta SELECT 'identifier', coalesce(max(id), 0) FROM identifiers"
-                    " UNION ALL SELECT 'forgotten_1', count(*) FROM forgotten"
-                )
+                if version == 1:
+                    self._migrate_1()
+                self._migrate_2()
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+
+    def _migrate_1(self) -> None:
+        """Timelines by the digests of their ids."""
+        connection = self._connection
+        salt = connection.execute("SELECT value FROM meta WHERE name = 'salt'").fetchone()
+        names = dict(connection.execute("SELECT id, name FROM names"))
+
+        def digest(workspace: int, key: bytes | str) -> bytes:
+            return _digester(salt[0], names[workspace])(ANONYMOUS, unpack_id(key))
+
+        connection.create_function("digest", 2, digest)
+        connection.execute(
+            "INSERT INTO timelines SELECT digest(workspace, key), workspace, id, claimed,"
+            " released FROM timelines_1 ORDER BY 1"
+        )
+        connection.execute("DROP TABLE timelines_1")
+        connection.execute(
+            "INSERT INTO meta SELECT 'identifier', coalesce(max(id), 0) FROM identifiers"
+            " UNION ALL SELECT 'forgotten_1', count(*) FROM forgotten"
+        )
+
+    def _migrate_2(self) -> None:
+        """What is done with an update, apart from the update."""
+        execute = self._connection.execute
+        execute("INSERT INTO outbox SELECT position, body FROM outbox_2")
+        # No position of before is given again, also where nothing waits.
+        last = execute("SELECT seq FROM sqlite_sequence WHERE name = 'outbox_2'").fetchone()
+        execute("DELETE FROM sqlite_sequence WHERE name = 'outbox'")
+        execute("INSERT INTO sqlite_sequence VALUES ('outbox', ?)", last or (0,))
+        _make_destination(self._connection)
+        execute(
+            "INSERT INTO deliveries (destination, position, until, holder, attempts, dead)"
+            " SELECT id, position, leased_until, holder, attempts, outbox_2.dead"
+            " FROM outbox_2, destinations"
+        )
+        execute("UPDATE destinations SET given = (SELECT coalesce(max(position), 0) FROM outbox)")
+        execute("DROP TABLE outbox_2")
 
     def _switch_to_wal(self) -> None:
         """The one step that SQLite does not wait for while another process takes it too."""
@@ -359,56 +404,167 @@ class SqliteGraph(StoredGraph):
             yield connection
             connection.execute("ROLLBACK")
 
-    def lease_updates(self, limit: int, seconds: float) -> list[Delivery]:
+    def lease_updates(self, limit: int, seconds: float, destination: str = "") -> list[Delivery]:
         """See `Graph.lease_updates`."""
         with self._writing() as connection:
+            number, given = self._destination(connection, destination)
             now = time.time()
             self._end_leases_of_the_dead(connection, now)
             rows = connection.execute(
-                "SELECT position, body, attempts FROM outbox"
-                " WHERE dead IS NULL AND leased_until <= ? ORDER BY position LIMIT ?",
-                (now, limit),
+                "SELECT position, body, attempts, applied FROM (SELECT * FROM deliveries"
+                " WHERE destination = ? AND dead IS NULL AND until <= ? ORDER BY position LIMIT ?)"
+                " JOIN outbox USING (position) ORDER BY position",
+                (number, now, limit),
+            ).fetchall()
+            new = connection.execute(
+                "SELECT position, body, 0, 0 FROM outbox WHERE position > ? ORDER BY position"
+                " LIMIT ?",
+                (given, limit - len(rows)),
             ).fetchall()
             connection.executemany(
-                "UPDATE outbox SET leased_until = ?, holder = ?, attempts = attempts + 1"
-                " WHERE position = ?",
-                [(now + seconds, self._holder, position) for position, _, _ in rows],
+                "INSERT INTO deliveries (destination, position, until, holder, attempts)"
+                " VALUES (?, ?, ?, ?, 1) ON CONFLICT DO UPDATE SET until = excluded.until,"
+                " holder = excluded.holder, attempts = attempts + 1",
+                [(number, row[0], now + seconds, self._holder) for row in (*rows, *new)],
             )
-        return [Delivery(position, parse_update(body), tries) for position, body, tries in rows]
+            if new:
+                connection.execute(
+                    "UPDATE destinations SET given = ? WHERE id = ?", (new[-1][0], number)
+                )
+        return [Delivery(p, parse_update(body), n, bool(a)) for p, body, n, a in (*rows, *new)]
+
+    def _destination(self, connection: sqlite3.Connection, name: str) -> tuple[int, int]:
+        """The number of a destination, and the last position that it got."""
+        found = {
+            row[0]: row[1:]
+            for row in connection.execute("SELECT name, id, given FROM destinations")
+        }
+        check_destination(name, found.keys() - {""})
+        number, given = found[name]
+        return number, given
 
     def _end_leases_of_the_dead(self, connection: sqlite3.Connection, now: float) -> None:
         """A process of this machine that is gone holds nothing, however long its lease."""
         for (holder,) in connection.execute(
-            "SELECT DISTINCT holder FROM outbox WHERE leased_until > ?", (now,)
+            "SELECT DISTINCT holder FROM deliveries WHERE until > ? AND holder IS NOT NULL", (now,)
         ).fetchall():
             if _is_gone(holder):
-                connection.execute("UPDATE outbox SET leased_until = 0 WHERE holder = ?", (holder,))
+                connection.execute("UPDATE deliveries SET until = 0 WHERE holder = ?", (holder,))
 
-    def acknowledge(self, positions: Collection[int]) -> None:
+    def acknowledge(self, positions: Collection[int], destination: str = "") -> None:
         """See `Graph.acknowledge`."""
         with self._writing() as connection:
             connection.executemany(
-                "DELETE FROM outbox WHERE position = ?", [(position,) for position in positions]
+                "DELETE FROM deliveries WHERE position = ?"
+                " AND destination = (SELECT id FROM destinations WHERE name = ?)",
+                [(position, destination) for position in positions],
+            )
+            connection.executemany(
+                f"DELETE FROM outbox WHERE position = ? AND {_DONE}",
+                [(position,) for position in positions],
             )
 
-    def return_updates(self, positions: Collection[int], reason: str, *, dead: bool) -> None:
+    def hold_updates(
+        self, positions: Collection[int], seconds: float, *, applied: bool, destination: str = ""
+    ) -> None:
+        """See `Graph.hold_updates`."""
+        until = time.time() + seconds
+        # What is held because it was applied is nobody's lease, and waits longer than its process.
+        holder = None if applied else self._holder
+        with self._writing() as connection:
+            connection.executemany(
+                "UPDATE deliveries SET until = ?, holder = ?, applied = max(applied, ?)"
+                " WHERE dead IS NULL AND position = ?"
+                " AND destination = (SELECT id FROM destinations WHERE name = ?)",
+                [(until, holder, applied, position, destination) for position in positions],
+            )
+
+    def return_updates(
+        self, positions: Collection[int], reason: str, *, dead: bool, destination: str = ""
+    ) -> None:
         """See `Graph.return_updates`."""
         with self._writing() as connection:
             connection.executemany(
-                "UPDATE outbox SET leased_until = 0, dead = ? WHERE position = ?",
-                [(reason if dead else None, position) for position in positions],
+                "UPDATE deliveries SET until = 0, dead = ? WHERE position = ?"
+                " AND destination = (SELECT id FROM destinations WHERE name = ?)",
+                [(reason if dead else None, position, destination) for position in positions],
             )
 
-    def dead_updates(self, limit: int) -> list[tuple[Delivery, str]]:
+    def dead_updates(self, limit: int, destination: str = "") -> list[tuple[Delivery, str]]:
         """See `Graph.dead_updates`."""
         with self._lock, _translated():
             _check_whole(self._connection)
             rows = self._connection.execute(
-                "SELECT position, body, attempts, dead FROM outbox"
-                " WHERE dead IS NOT NULL ORDER BY position LIMIT ?",
-                (limit,),
+                "SELECT position, body, attempts, applied, dead FROM deliveries"
+                " JOIN outbox USING (position) WHERE dead IS NOT NULL"
+                " AND destination = (SELECT id FROM destinations WHERE name = ?)"
+                " ORDER BY position LIMIT ?",
+                (destination, limit),
             ).fetchall()
-        return [(Delivery(p, parse_update(body), n), reason) for p, body, n, reason in rows]
+        return [
+            (Delivery(p, parse_update(body), n, bool(applied)), reason)
+            for p, body, n, applied, reason in rows
+        ]
+
+    def destinations(self) -> dict[str, bool]:
+        """See `Graph.destinations`."""
+        with self._lock, _translated():
+            _check_whole(self._connection)
+            rows = self._connection.execute("SELECT name, filled FROM destinations WHERE name > ''")
+            return {name: bool(filled) for name, filled in rows}
+
+    def add_destination(self, name: str, *, filled: bool = False) -> None:
+        """See `Graph.add_destination`."""
+        check_name(name)
+        with self._writing() as connection:
+            connection.execute(
+                "DELETE FROM deliveries WHERE destination ="
+                " (SELECT id FROM destinations WHERE name = '')"
+            )
+            connection.execute("DELETE FROM destinations WHERE name = ''")
+            connection.execute(
+                "INSERT INTO destinations (name, given, filled) VALUES (?, 0, ?)"
+                " ON CONFLICT DO UPDATE SET filled = max(filled, excluded.filled)",
+                (name, filled),
+            )
+
+    def drop_destination(self, name: str) -> None:
+        """See `Graph.drop_destination`."""
+        check_name(name)
+        with self._writing() as connection:
+            connection.execute(
+                "DELETE FROM deliveries WHERE destination ="
+                " (SELECT id FROM destinations WHERE name = ?)",
+                (name,),
+            )
+            connection.execute("DELETE FROM destinations WHERE name = ?", (name,))
+            _make_destination(connection)
+            connection.execute(f"DELETE FROM outbox WHERE {_DONE}")
+
+    def backlog(self, destination: str = "") -> Backlog:
+        """See `Graph.backlog`."""
+        with self._reading() as connection:
+            number, given = self._destination(connection, destination)
+            counts = connection.execute(
+                "SELECT count(*) FILTER (WHERE dead IS NULL AND NOT applied),"
+                " count(*) FILTER (WHERE dead IS NULL AND applied),"
+                " count(*) FILTER (WHERE dead IS NOT NULL),"
+                " min(position) FILTER (WHERE dead IS NULL AND NOT applied)"
+                " FROM deliveries WHERE destination = ?",
+                (number,),
+            ).fetchone()
+            new, first = connection.execute(
+                "SELECT count(*), min(position) FROM outbox WHERE position > ?", (given,)
+            ).fetchone()
+            oldest = connection.execute(
+                "SELECT body FROM outbox WHERE position = ?", (counts[3] or first,)
+            ).fetchone()
+        return Backlog(
+            waiting=counts[0] + new,
+            held=counts[1],
+            dead=counts[2],
+            oldest=None if oldest is None else parse_update(oldest[0]).created_at,
+        )
 
     def stats(self) -> GraphStats:
         """See `Graph.stats`."""
@@ -431,8 +587,8 @@ class SqliteGraph(StoredGraph):
                 links=count("SELECT count(*) FROM links WHERE refused = ''"),
                 conflicts=count("SELECT count(*) FROM links WHERE refused IN ('unique', 'limit')"),
                 references=references,
-                pending_updates=count("SELECT count(*) FROM outbox WHERE dead IS NULL"),
-                dead_updates=count("SELECT count(*) FROM outbox WHERE dead IS NOT NULL"),
+                pending_updates=count(f"SELECT count(*) FROM outbox WHERE {_PENDING}"),
+                dead_updates=count("SELECT count(*) FROM deliveries WHERE dead IS NOT NULL"),
                 bytes=self._size(),
             )
 
@@ -1104,6 +1260,14 @@ class _SqliteStore:
         self._set("sequence", sequence)
         return sequence
 
+    def page(self, after: int, limit: int, *, known: bool) -> list[int]:
+        table = "identifiers" if known else "claimed"
+        found = self._connection.execute(
+            f"SELECT id FROM {table} WHERE id > ? AND workspace = ? ORDER BY id LIMIT ?",
+            (after, self._workspace, limit),
+        )
+        return [handle for (handle,) in found]
+
     def lock(self, timelines: Collection[int], identifiers: Collection[int]) -> None:
         pass  # writers take turns
 
@@ -1123,6 +1287,18 @@ class _SqliteStore:
     def decided(self) -> None:
         self._set("decision", self.decision() + 1)
 
+
+# Every destination got the update, and has nothing left to do about it.
+_DONE = """
+position <= (SELECT min(given) FROM destinations)
+AND NOT EXISTS (SELECT 1 FROM destinations d CROSS JOIN deliveries p
+    WHERE p.destination = d.id AND p.position = outbox.position)
+"""
+_PENDING = """
+EXISTS (SELECT 1 FROM destinations d WHERE outbox.position > d.given)
+OR EXISTS (SELECT 1 FROM destinations d CROSS JOIN deliveries p
+    WHERE p.destination = d.id AND p.position = outbox.position AND p.dead IS NULL)
+"""
 
 # Everything at the same instant comes along.
 _WINDOW = """
@@ -1175,6 +1351,15 @@ def _make(connection: sqlite3.Connection) -> None:
             ("forgotten_1", 0),
             ("salt", secrets.token_bytes(32)),
         ],
+    )
+    _make_destination(connection)
+
+
+def _make_destination(connection: sqlite3.Connection) -> None:
+    """Where no destination is there: the one of whoever names none."""
+    connection.execute(
+        "INSERT INTO destinations (name, given, filled)"
+        " SELECT '', 0, 1 WHERE NOT EXISTS (SELECT 1 FROM destinations)"
     )
 
 
@@ -1259,7 +1444,9 @@ class _Export:
         ):
             yield from self._rows(workspace, self._digest(workspace, type, key), -handle)
         for position, body, attempts, dead in self._execute(
-            "SELECT position, body, attempts, dead FROM outbox ORDER BY position"
+            "SELECT position, body, coalesce(attempts, 0), dead FROM outbox LEFT JOIN deliveries"
+            " USING (position) WHERE destination IS NULL OR destination ="
+            " (SELECT id FROM destinations WHERE name = '') ORDER BY position"
         ):
             update = parse_update(body)
             yield UpdateRecord(position=position, attempts=attempts, dead=dead, body=update)
@@ -1442,13 +1629,13 @@ class _TakingIn:
             # The numbers of workspaces and types stay: other processes may know them by now.
             execute("DROP TABLE taking_in")
             for table in _tables(connection):
-                if table != "names":
+                if table not in ("names", "destinations"):
                     execute(f"DELETE FROM {table}")
             _make(connection)
         filled = [
             table
             for table in _tables(connection)
-            if table not in ("meta", "names")
+            if table not in ("meta", "names", "destinations")
             and execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() is not None
         ]
         if filled or execute("SELECT 1 FROM meta WHERE name LIKE 'rules %'").fetchone() is not None:
@@ -1460,6 +1647,7 @@ class _TakingIn:
         # before may be given again.
         execute("DELETE FROM sqlite_sequence")
         execute("INSERT INTO sqlite_sequence VALUES ('outbox', ?)", (self._head.sequence,))
+        execute("UPDATE destinations SET given = 0")
         connection.executemany(
             "INSERT OR REPLACE INTO meta VALUES (?, ?)",
             [
@@ -1512,8 +1700,17 @@ class _TakingIn:
             self._write_rows(store, group)
         elif kind is UpdateRecord:
             connection.executemany(
-                "INSERT INTO outbox (position, body, attempts, dead) VALUES (?, ?, ?, ?)",
-                [(r.position, r.body.model_dump_json(), r.attempts, r.dead) for r in group],
+                "INSERT INTO outbox VALUES (?, ?)",
+                [(r.position, r.body.model_dump_json()) for r in group],
+            )
+            # To a destination that has a name already, all of it is new.
+            connection.executemany(
+                "INSERT INTO deliveries (destination, position, until, attempts, dead)"
+                " SELECT id, ?, 0, ?, ? FROM destinations WHERE name = ''",
+                [(r.position, r.attempts, r.dead) for r in group],
+            )
+            connection.execute(
+                "UPDATE destinations SET given = ? WHERE name = ''", (group[-1].position,)
             )
         else:
             raise InputError(f"a {kind.__name__} has no place here")

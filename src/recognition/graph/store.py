@@ -217,6 +217,12 @@ class Store(Protocol):
     def note_tables(self, tables: Iterable[str]) -> None:
         """Remember tables whose rows are not referenced."""
 
+    def page(self, after: int, limit: int, *, known: bool) -> list[int]:
+        """
+        The next handles of claimed timelines, or of known identifiers, that are greater than
+        ``after``, in their order.
+        """
+
     def lock(self, timelines: Collection[int], identifiers: Collection[int]) -> None:
         """
         No other transaction may decide about these between what this one read and its end.

@@ -11,8 +11,9 @@ and setting such a column to null writes ``''``. A number or truth value that is
 column becomes text. ``equals`` is exact: case, blanks and collation do not blur it.
 
 **Which update stands.** In a table with ``recognition_version`` each row says by which update it
-was written: a row is set when its version is smaller, and ``empty`` on a column that is set also
-lets pass what has a version, because recognition wrote it. (Where such an update asks for no
+was written: a row is set when its version is smaller (or is the update's own, and the row was
+overwritten by something else), and ``empty`` on a column that is set also lets pass what has a
+version, because recognition wrote it. (Where such an update asks for no
 ``empty`` of what it sets, all columns that it sets must be empty, or the row have a version.) For
 other tables ``recognition_ledger``, beside the rows and in the same transaction, remembers which
 update took which interval of which key; what a later one took is cut out of an earlier one that
@@ -32,8 +33,9 @@ import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from difflib import get_close_matches
 from hashlib import blake2b
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
@@ -503,11 +505,8 @@ class SqlSink(ABC):
         """
         target = None
         if self.exists():
-            try:
-                with self._engine.connect().execution_options(reads=True) as connection:
-                    target = self._find(connection, step.table)
-            except sa.exc.DBAPIError as exc:
-                raise self.translate(exc.orig) from exc
+            with self._reading() as connection:
+                target = self._find(connection, step.table)
         target = self._complete(target, step.shape)
         statement = self._set_rows(step, target, self._stage_clause(step, target))
         text = str(statement.compile(dialect=self._engine.dialect))
@@ -554,6 +553,72 @@ class SqlSink(ABC):
             needs_ledger=not all(step.shape.versioned for step in plan.steps),
         )
         return replace(applied, statements=statements)
+
+    def rehearse(self, plan: Plan) -> Applied:
+        """
+        As `apply`, and then everything is rolled back.
+
+        What a database makes outside of transactions stays: the empty ledger, where there is none.
+
+        Raises:
+            SinkError: As `apply`; nothing was written.
+        """
+        if not plan.steps or not self.exists():
+            return self.apply(plan)
+
+        def work(transaction: Transaction, prepared: _PreparedPlan) -> None:
+            raise _UndoneError(self._apply(transaction, prepared))
+
+        try:
+            self._transact(
+                [step.table for step in plan.steps],
+                lambda transaction: self._prepare(transaction, plan),
+                work,
+                needs_ledger=not all(step.shape.versioned for step in plan.steps),
+            )
+        except _UndoneError as undone:
+            # What was looked up may have been made by this very transaction.
+            self._targets.clear()
+            self._has_ledger = False
+            return undone.applied
+        raise AssertionError("the work always raises")
+
+    def missing_index(self, table: str, column: str) -> str | None:
+        """The command that makes the index by which updates find rows, where it is wanted."""
+        if not self.indexed or not self.exists():
+            return None
+        with self._reading() as connection:
+            target = self._find(connection, table)
+            if target is None:
+                return None
+            *schema, name = target.parts
+            look = sa.inspect(connection)
+            where = schema[-1] if schema else None
+            found = look.get_indexes(name, schema=where)
+            indexes: list[Sequence[str | None]] = [index["column_names"] for index in found]
+            indexes.append(look.get_pk_constraint(name, schema=where)["constrained_columns"])
+        wanted = target.column(column).name
+        if any(names and names[0] == wanted for names in indexes):
+            return None
+        parts = ".".join(map(self._quote, target.parts))
+        index = self._quote(f"{name}_{wanted}")
+        return f"CREATE INDEX {index} ON {parts} ({self._quote(wanted)})"
+
+    @contextmanager
+    def _reading(self) -> Iterator[sa.Connection]:
+        try:
+            with self._engine.connect().execution_options(reads=True) as connection:
+                yield connection
+        except sa.exc.DBAPIError as exc:
+            raise self.translate(exc.orig) from exc
+
+    def clock(self) -> datetime | None:
+        """The time of the database, where it says in which zone it is."""
+        if not self.exists():
+            return None
+        with self._reading() as connection:
+            now = connection.execute(sa.select(sa.func.current_timestamp())).scalar_one()
+        return now if isinstance(now, datetime) and now.tzinfo is not None else None
 
     def close(self) -> None:
         """Close all connections."""
@@ -831,21 +896,24 @@ class SqlSink(ABC):
             for place, column in enumerate(shape.columns)
             if column != VERSION_COLUMN
         }
+        differs = [
+            self._differ(column, staged, target.column(column.name), target)
+            for column, staged in values.items()
+        ]
         own_empty = [column for column in shape.empty if column in shape.columns]
         if shape.versioned:
             version = table.c[target.column(VERSION_COLUMN).name]
             values[version] = stage.c.sequence
             own_empty = own_empty or [c for c in shape.columns if c != VERSION_COLUMN]
             empty = sa.and_(*(self._empty(table, target, column) for column in own_empty))
-            where.append(sa.or_(version.is_(None), version < stage.c.sequence))
+            # A pipeline that writes a row again may set the event's own columns alone, and leave
+            # the version of the update that it overwrites: that update may set the row once more.
+            overwritten = sa.and_(version == stage.c.sequence, sa.or_(*differs))
+            where.append(sa.or_(version.is_(None), version < stage.c.sequence, overwritten))
             where.append(sa.or_(empty, version.is_not(None)))
         else:
             where += [self._empty(table, target, column) for column in own_empty]
             if not _fills(step, own_empty):
-                differs = [
-                    self._differ(column, staged, target.column(column.name), target)
-                    for column, staged in values.items()
-                ]
                 where.append(sa.or_(*differs))
         where += self._bounds(table, step, target)
         where += self._spare(table, stage, step, target, spare)
@@ -1493,6 +1561,14 @@ def _names(shape: Shape) -> tuple[str, ...]:
 
 def _lacking(target: Target, step: Step) -> list[str]:
     return [name for name in _names(step.shape) if name.lower() not in target.columns]
+
+
+class _UndoneError(Exception):
+    """Carries what a rehearsal did out of its transaction."""
+
+    def __init__(self, applied: Applied) -> None:
+        super().__init__("rehearsed")
+        self.applied = applied
 
 
 class _LedgerMovedError(SinkUnavailableError):

@@ -19,7 +19,12 @@ from math import ceil, floor
 import pytest
 
 from recognition.attribution import DAY, AttributionRules, Policy
-from recognition.errors import GraphError, GraphUnavailableError, InputError
+from recognition.errors import (
+    ConfigurationError,
+    GraphError,
+    GraphUnavailableError,
+    InputError,
+)
 from recognition.events import Event, Identifier
 from recognition.graph import Delivery, Graph, GraphStats, Owner
 from recognition.identity import IdentityRules
@@ -1135,6 +1140,199 @@ class GraphTests:
             ["u4"],
             [],
         ]
+
+    def test_held_updates_come_again_after_their_time(self, graph: Graph) -> None:
+        """Updates that are held after they were applied come again once, and say so."""
+        _fill(graph, 3)
+        leased = graph.lease_updates(2, 600)
+        graph.hold_updates([leased[0].position], SHORT_LEASE, applied=True)
+        graph.hold_updates([leased[1].position, 1_000_000], 600, applied=True)
+        others = graph.lease_updates(10, 600)
+        backlog = graph.backlog()
+        back = _wait_for_lease(graph)
+        graph.return_updates([back[0].position], "no answer", dead=False)
+        again = graph.lease_updates(10, 600)
+
+        assert [(d.update.set["user_id"], d.applied) for d in leased + others] == [
+            ("u0", False),
+            ("u1", False),
+            ("u2", False),
+        ]
+        assert (backlog.waiting, backlog.held, backlog.dead) == (1, 2, 0)
+        assert backlog.oldest == others[0].update.created_at
+        assert [(d.position, d.applied) for d in back + again] == [(leased[0].position, True)] * 2
+
+    def test_held_lease_is_longer(self, graph: Graph) -> None:
+        """A lease that is held anew ends later than it would have, and its update says nothing."""
+        _fill(graph, 2)
+        leased = graph.lease_updates(2, SHORT_LEASE)
+        graph.hold_updates([leased[0].position], 600, applied=False)
+        back = _wait_for_lease(graph)
+        graph.hold_updates([leased[0].position], 0, applied=False)
+        freed = graph.lease_updates(10, 600)
+
+        assert [(d.position, d.applied) for d in back] == [(leased[1].position, False)]
+        assert [(d.position, d.applied) for d in freed] == [(leased[0].position, False)]
+
+    def test_dead_updates_are_not_held(self, graph: Graph) -> None:
+        """What is dead or done by now is left alone by a worker that comes late to hold it."""
+        _fill(graph, 2)
+        leased = graph.lease_updates(2, 600)
+        graph.return_updates([leased[0].position], "no such table", dead=True)
+        graph.acknowledge([leased[1].position])
+        graph.hold_updates([d.position for d in leased], 0, applied=True)
+
+        assert graph.lease_updates(10, 600) == []
+        assert [reason for _, reason in graph.dead_updates(10)] == ["no such table"]
+
+    # Destinations ------------------------------------------------------------------------------
+
+    def test_destinations_go_at_their_own_pace(self, graph: Graph) -> None:
+        """Each destination gets every update, whatever the others do; then it is gone."""
+        graph.add_destination("one")
+        graph.add_destination("two")
+        _fill(graph, 3)
+        first = graph.lease_updates(10, 600, "one")
+        graph.acknowledge([d.position for d in first], "one")
+        behind = graph.stats().pending_updates
+        second = graph.lease_updates(2, 600, "two")
+        graph.acknowledge([d.position for d in second], "two")
+        nearly = graph.stats().pending_updates, graph.lease_updates(10, 600, "one")
+        third = graph.lease_updates(10, 600, "two")
+        graph.acknowledge([d.position for d in third], "two")
+
+        assert [d.update for d in first] == [d.update for d in second + third]
+        assert len(first) == behind == 3
+        assert nearly == (1, [])
+        assert graph.stats().pending_updates == 0
+
+    def test_destinations_have_their_own_leases(self, graph: Graph) -> None:
+        """A lease, a return, a death and a hold of one destination are nothing to another."""
+        graph.add_destination("one")
+        graph.add_destination("two")
+        _fill(graph, 4)
+        a, b, c, d = (delivery.position for delivery in graph.lease_updates(4, 600, "one"))
+        graph.return_updates([a], "refused", dead=True, destination="one")
+        graph.return_updates([b], "", dead=False, destination="one")
+        graph.hold_updates([c], 600, applied=True, destination="one")
+        mine = graph.lease_updates(10, 600, "one")
+        theirs = graph.lease_updates(10, 600, "two")
+        backlogs = [graph.backlog(name) for name in ("one", "two")]
+        dead = [
+            [delivery.position for delivery, _ in graph.dead_updates(10, name)]
+            for name in ("one", "two")
+        ]
+        counted = graph.stats()
+        graph.return_updates([a], "", dead=False, destination="one")
+        revived = graph.lease_updates(10, 600, "one")
+
+        assert [(x.position, x.attempts) for x in mine] == [(b, 1)]
+        assert [(x.position, x.attempts) for x in theirs] == [(a, 0), (b, 0), (c, 0), (d, 0)]
+        assert [(x.waiting, x.held, x.dead) for x in backlogs] == [(2, 1, 1), (4, 0, 0)]
+        assert dead == [[a], []]
+        assert (counted.pending_updates, counted.dead_updates) == (4, 1)
+        assert [x.position for x in revived] == [a]
+
+    def test_destination_added_later_gets_what_is_there(self, graph: Graph) -> None:
+        """What is in the outbox when a destination is added is for it too, leased or not."""
+        _fill(graph, 3)
+        before = graph.lease_updates(2, 600)
+        graph.acknowledge([before[0].position])
+        graph.add_destination("one")
+        first = graph.lease_updates(10, 600, "one")
+        graph.acknowledge([d.position for d in first[:1]], "one")
+        graph.add_destination("two")
+        second = graph.lease_updates(10, 600, "two")
+
+        assert [d.update.set["user_id"] for d in first] == ["u1", "u2"]
+        assert [d.update.set["user_id"] for d in second] == ["u2"]
+
+    def test_only_destinations_that_are_registered_are_served(self, graph: Graph) -> None:
+        """Nobody takes updates for a name that is not there, or for none beside those that are."""
+        _fill(graph, 1)
+        with pytest.raises(ConfigurationError, match="one"):
+            graph.lease_updates(10, 600, "one")
+        graph.add_destination("one")
+        with pytest.raises(ConfigurationError, match="one"):
+            graph.lease_updates(10, 600)
+        with pytest.raises(ConfigurationError):
+            graph.add_destination("One.two")
+
+        assert graph.destinations() == {"one": False}
+        assert len(graph.lease_updates(10, 600, "one")) == 1
+
+    def test_destination_says_whether_it_was_filled(self, graph: Graph) -> None:
+        """Adding it again changes nothing but that it is filled, which it then stays."""
+        graph.add_destination("one")
+        _fill(graph, 2)
+        leased = graph.lease_updates(1, 600, "one")
+        graph.add_destination("two", filled=True)
+        before = graph.destinations()
+        graph.add_destination("one", filled=True)
+        graph.add_destination("one")
+
+        assert before == {"one": False, "two": True}
+        assert graph.destinations() == {"one": True, "two": True}
+        assert len(leased + graph.lease_updates(10, 600, "one")) == 2
+
+    def test_dropped_destination_holds_nothing(self, graph: Graph) -> None:
+        """What waited for a destination that is dropped leaves; after the last one all is free."""
+        graph.add_destination("one")
+        graph.add_destination("two")
+        _fill(graph, 3)
+        first = graph.lease_updates(2, 600, "one")
+        graph.acknowledge([d.position for d in first], "one")
+        graph.drop_destination("two")
+        graph.drop_destination("two")
+        left = graph.stats().pending_updates
+        graph.drop_destination("one")
+
+        assert left == 1
+        assert graph.destinations() == {}
+        assert [d.update.set["user_id"] for d in graph.lease_updates(10, 600)] == ["u2"]
+
+    def test_restate_says_everything_once_more(self, graph: Graph) -> None:
+        """Rows that were never told anything, or something else, get the owners of now by it."""
+        without = TableRules(references=References.NONE)
+        told = []
+        for rules in (
+            Rules(workspace="w1"),
+            replace(_DAYS, workspace="w2"),
+            Rules(workspace="w3", target_column="stitched_user_id", default=without),
+        ):
+            journey = Journey(graph, rules)
+            journey.take(*(event(f"a{n}", n, "d1") for n in range(6)), event("nobody", 1, "d9"))
+            journey.take(event("c1", 2.5, "d1", user="u1"), event("c2", 4.5, "d1", email="e@x.com"))
+            journey.take(event("link", 7, user="u2", email="e@x.com"))
+            journey.take(event("gone", 1, "d2"), event("c3", 2, "d2", user="u3"))
+            journey.recognizer.forget(Identifier("user_id", "u3"), at(100))
+            journey.deliver()
+            right = journey.owners()
+            target = rules.target_of("events")
+            for message_id, row in journey.tables["events"].items():
+                if message_id.startswith("a"):
+                    row[target] = None if message_id < "a3" else "u3"
+                elif message_id == "gone":
+                    row[target] = "u3"
+                elif rules.has_own_column:
+                    row[target] = None
+            updates = [update for part in graph.restate(rules, size=2) for update in part]
+            for update in updates:
+                journey.apply(update)
+            told.append((right, journey.owners()))
+            numbers = [update.sequence for update in updates]
+            later = journey.recognizer.process([event("late", 3, "d1", user="u4")])
+            following = [delivery.update.sequence for delivery in drain(graph)]
+
+            assert numbers == sorted(set(numbers))
+            assert later.updates > 0
+            assert min(following) > max(numbers)
+
+        for right, found in told:
+            assert found == right
+            assert right["nobody"] is right["gone"] is None
+            assert {right["a0"], right["a3"], right["a5"]} == {"u1", "u2"}
+        assert drain(graph) == []
 
     # Rows on their way -------------------------------------------------------------------------
 

@@ -1,0 +1,503 @@
+"""The loop that serves several destinations: real outboxes, real databases, real faults."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+
+from oracle import make_event
+from recognition.delivery import CIRCUIT_OPENS, Deliverer, Destination, Served
+from recognition.errors import SinkError
+from recognition.events import Event
+from recognition.graph import Graph, open_graph
+from recognition.planner import Plan, Step
+from recognition.recognizer import Recognizer
+from recognition.rules import Rules, Supersede, TableRules
+from recognition.sinks import Applied, Capabilities, Sink, open_sink
+
+SECOND = 1_000_000
+START = 1_780_000_000 * SECOND
+RULES = Rules(stamps=False)
+VERSIONED = Rules(stamps=False, default=TableRules(supersede=Supersede.VERSION))
+
+TABLE = (
+    "CREATE TABLE events (message_id TEXT PRIMARY KEY, anonymous_id TEXT, user_id TEXT,"
+    " timestamp TIMESTAMP)"
+)
+
+
+def journey(visitors: int, rows: int = 3) -> list[Event]:
+    """Each visitor is anonymous for some events, and then is somebody."""
+    events = [
+        make_event(f"m{n}-{k}", START + (10 * n + k) * SECOND, f"d{n}")
+        for n in range(visitors)
+        for k in range(rows)
+    ]
+    events += [
+        make_event(f"c{n}", START + (10 * n + rows) * SECOND, f"d{n}", user_id=f"u{n}")
+        for n in range(visitors)
+    ]
+    return events
+
+
+def expected(visitors: int, rows: int = 3) -> dict[str, str]:
+    found = {f"m{n}-{k}": f"u{n}" for n in range(visitors) for k in range(rows)}
+    return found | {f"c{n}": f"u{n}" for n in range(visitors)}
+
+
+class Warehouse:
+    """A database with the rows as the pipeline writes them, read by its own driver."""
+
+    def __init__(self, folder: Path, name: str = "warehouse", scheme: str = "sqlite") -> None:
+        self.path = folder / f"{name}.{scheme}"
+        self.url = f"{scheme}:///{self.path}"
+        self.scheme = scheme
+
+    @contextmanager
+    def connect(self) -> Iterator[Any]:
+        if self.scheme == "duckdb":
+            with duckdb.connect(str(self.path)) as connection:
+                yield connection
+        else:
+            with closing(sqlite3.connect(self.path, isolation_level=None)) as connection:
+                yield connection
+
+    def make(self, *, versioned: bool = False) -> Warehouse:
+        with self.connect() as connection:
+            connection.execute(TABLE)
+            if versioned:
+                connection.execute("ALTER TABLE events ADD recognition_version BIGINT")
+        return self
+
+    def put(self, events: Sequence[Event]) -> None:
+        with self.connect() as connection:
+            connection.executemany(
+                "INSERT INTO events (message_id, anonymous_id, user_id, timestamp)"
+                " VALUES (?, ?, ?, ?)",
+                [
+                    (
+                        e.message_id,
+                        e.anonymous_id,
+                        e.known[0].value if e.known else None,
+                        time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(e.time // SECOND)),
+                    )
+                    for e in events
+                ],
+            )
+
+    def users(self) -> dict[str, str | None]:
+        with self.connect() as connection:
+            return dict(connection.execute("SELECT message_id, user_id FROM events").fetchall())
+
+    def execute(self, statement: str) -> None:
+        with self.connect() as connection:
+            connection.execute(statement)
+
+    def sink(self, **options: object) -> Sink:
+        return open_sink(self.url, **options)
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> Iterator[Graph]:
+    with closing(open_graph(f"sqlite:///{tmp_path}/graph.db")) as graph:
+        yield graph
+
+
+@contextmanager
+def delivering(deliverer: Deliverer) -> Iterator[None]:
+    """A deliverer at work in a thread of its own; stopped, and joined, at the end."""
+    stop = threading.Event()
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            deliverer.run(stop)
+        except BaseException as exc:
+            raised.append(exc)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        wait_until(
+            lambda: raised or deliverer._graph.destinations().keys() >= deliverer.served.keys()
+        )
+        yield
+    finally:
+        stop.set()
+        thread.join(60)
+    assert not thread.is_alive()
+    assert raised == []
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.02)
+
+
+def deliverer_of(graph: Graph, *destinations: Destination, **options: Any) -> Deliverer:
+    given = {"every": 0.05, "pauses": (0.05, 0.2), **options}
+    return Deliverer(graph, destinations, **given)
+
+
+class Around:
+    """A real sink, and what a test does before it applies."""
+
+    def __init__(self, sink: Sink, before: Callable[[Plan], object]) -> None:
+        self._sink = sink
+        self._before = before
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._sink.capabilities
+
+    def compile(self, step: Step) -> str:
+        return self._sink.compile(step)
+
+    def apply(self, plan: Plan) -> Applied:
+        self._before(plan)
+        return self._sink.apply(plan)
+
+    def close(self) -> None:
+        self._sink.close()
+
+
+# Destinations ----------------------------------------------------------------------------------
+
+
+def test_destination_that_is_down_holds_nobody_else(graph: Graph, tmp_path: Path) -> None:
+    """While one database is locked another one is served; the first gets all when it is back."""
+    down, up = Warehouse(tmp_path, "down").make(), Warehouse(tmp_path, "up", "duckdb").make()
+    events = journey(50)
+    for warehouse in (down, up):
+        warehouse.put(events)
+    Recognizer(graph, RULES).process(events)
+    deliverer = deliverer_of(
+        graph,
+        Destination(name="down", sink=down.sink(timeout=0.05)),
+        Destination(name="up", sink=up.sink()),
+    )
+    with closing(sqlite3.connect(down.path, isolation_level=None)) as lock:
+        lock.execute("BEGIN EXCLUSIVE")
+        with delivering(deliverer):
+            wait_until(lambda: not graph.backlog("up").waiting)
+            wait_until(lambda: deliverer.served["down"].failing >= CIRCUIT_OPENS)
+            waiting = graph.backlog("down").waiting
+            lock.execute("ROLLBACK")
+            wait_until(lambda: not graph.stats().pending_updates)
+
+    assert waiting == 50
+    assert up.users() == down.users() == expected(50)
+    assert deliverer.served["down"].failing == 0
+    assert (deliverer.served["up"].failures, deliverer.served["up"].updates) == (0, 50)
+
+
+def test_new_destination_is_filled_with_what_the_graph_knows(graph: Graph, tmp_path: Path) -> None:
+    """A destination that comes later gets what left the outbox before, and all that is new."""
+    first, second = Warehouse(tmp_path, "first").make(), Warehouse(tmp_path, "second").make()
+    events = journey(30)
+    early, late = events[:-1], events[-1:]
+    recognizer = Recognizer(graph, RULES)
+    first.put(events)
+    one = Destination(name="first", sink=first.sink(), settle=0.1)
+    with delivering(deliverer_of(graph, one, rules=RULES)):
+        wait_until(lambda: graph.destinations() == {"first": True})
+        recognizer.process(early)
+        wait_until(lambda: not graph.stats().pending_updates)
+    second.put(events)
+    second.execute("UPDATE events SET user_id = 'somebody' WHERE message_id = 'm3-1'")
+    two = Destination(name="second", sink=second.sink(), settle=0.1)
+    deliverer = deliverer_of(graph, one, two, rules=RULES)
+    with delivering(deliverer):
+        recognizer.process(late)
+        wait_until(lambda: graph.destinations() == {"first": True, "second": True})
+        wait_until(lambda: not graph.stats().pending_updates)
+
+    assert first.users() == second.users() == expected(30)
+    assert deliverer.served["second"].filled >= 29
+    assert deliverer.served["first"].filled == 0
+
+
+# Rows on their way -----------------------------------------------------------------------------
+
+
+def run_until_empty(graph: Graph, destination: Destination, **options: Any) -> Served:
+    deliverer = deliverer_of(graph, destination, **options)
+    with delivering(deliverer):
+        wait_until(lambda: not graph.stats().pending_updates)
+    return deliverer.served[destination.name]
+
+
+@pytest.mark.parametrize("settle", [0.0, 1.0])
+def test_row_that_comes_after_its_update_is_recognised(
+    graph: Graph, tmp_path: Path, settle: float
+) -> None:
+    """An update whose rows were not there is applied again; with settling off it is not."""
+    warehouse = Warehouse(tmp_path).make()
+    events = journey(4)
+    late = [event for event in events if event.message_id == "m2-1"]
+    warehouse.put([event for event in events if event not in late])
+    Recognizer(graph, RULES).process(events)
+    deliverer = deliverer_of(graph, Destination(name="w", sink=warehouse.sink(), settle=settle))
+    with delivering(deliverer):
+        wait_until(lambda: deliverer.served["w"].windows)
+        wait_until(lambda: not graph.backlog("w").waiting)
+        held = graph.backlog("w").held
+        before = warehouse.users()
+        warehouse.put(late)
+        wait_until(lambda: not graph.stats().pending_updates)
+    right = expected(4) if settle else expected(4) | {"m2-1": None}
+
+    assert before == {m: u for m, u in expected(4).items() if m != "m2-1"}
+    assert held == (1 if settle else 0)
+    assert warehouse.users() == right
+    assert deliverer.served["w"].reapplied == held
+    assert deliverer.served["w"].unmatched == {}
+
+
+def test_rows_that_never_came_are_reported(graph: Graph, tmp_path: Path) -> None:
+    """After settling, updates whose rows are not there are done, and counted by table."""
+    warehouse = Warehouse(tmp_path).make()
+    events = journey(4)
+    warehouse.put([event for event in events if event.message_id not in ("m2-1", "m3-0", "m3-2")])
+    Recognizer(graph, RULES).process(events)
+    oldest = min(d.update.created_at for d in graph.lease_updates(10, 0))
+    served = run_until_empty(graph, Destination(name="w", sink=warehouse.sink(), settle=0.3))
+    (found,) = served.unmatched.values()
+
+    assert list(served.unmatched) == ["events"]
+    assert (found.updates, found.rows, found.oldest) == (2, 3, oldest)
+    assert (served.updates, served.reapplied, served.held) == (4, 2, 2)
+
+
+@pytest.mark.parametrize("rules", [RULES, VERSIONED], ids=["ledger", "version"])
+@pytest.mark.parametrize("version", ["gone", "kept"])
+@pytest.mark.parametrize("again", [True, False])
+def test_original_row_that_comes_back_is_recognised_again(
+    graph: Graph, tmp_path: Path, rules: Rules, version: str, again: bool
+) -> None:
+    """
+    A pipeline's retry that overwrites a recognised row is undone, where all is applied again.
+
+    Hours are a second here. Some pipelines replace the whole row; some set the columns of the
+    event alone, and leave the version of the update that was overwritten.
+    """
+    warehouse = Warehouse(tmp_path).make(versioned=rules is VERSIONED)
+    events = journey(4)
+    warehouse.put(events)
+    Recognizer(graph, rules).process(events)
+    deliverer = deliverer_of(
+        graph,
+        Destination(name="w", sink=warehouse.sink(), settle=1.0, reapply_all=again),
+    )
+    with delivering(deliverer):
+        wait_until(lambda: not graph.backlog("w").waiting)
+        before = warehouse.users()
+        emptied = ", recognition_version = NULL" if rules is VERSIONED and version == "gone" else ""
+        warehouse.execute(f"UPDATE events SET user_id = NULL{emptied} WHERE message_id = 'm2-1'")
+        wait_until(lambda: not graph.stats().pending_updates)
+
+    assert before == expected(4)
+    assert warehouse.users() == (expected(4) if again else expected(4) | {"m2-1": None})
+
+
+# What goes wrong -------------------------------------------------------------------------------
+
+
+def test_updates_of_a_missing_table_wait_and_are_applied(graph: Graph, tmp_path: Path) -> None:
+    """A table that is made later gets its updates; those of other tables never waited."""
+    warehouse = Warehouse(tmp_path)
+    events = journey(5)
+    warehouse.execute("CREATE TABLE other (x)")
+    Recognizer(graph, RULES).process(events)
+    deliverer = deliverer_of(graph, Destination(name="w", sink=warehouse.sink()))
+    with delivering(deliverer):
+        wait_until(lambda: deliverer.served["w"].postponed >= 5)
+        warehouse.make().put(events)
+        wait_until(lambda: not graph.stats().pending_updates)
+
+    assert warehouse.users() == expected(5)
+    assert deliverer.served["w"].failures == deliverer.served["w"].dead == 0
+    assert "events" in deliverer.served["w"].last_error
+
+
+def test_updates_of_a_table_that_stays_missing_are_given_up(graph: Graph, tmp_path: Path) -> None:
+    """After their patience they are dead letters with the reason, and can be sent again."""
+    warehouse = Warehouse(tmp_path)
+    warehouse.execute("CREATE TABLE other (x)")
+    events = journey(2)
+    Recognizer(graph, RULES).process(events)
+    destination = Destination(name="w", sink=warehouse.sink())
+    served = run_until_empty(graph, destination, patience=0.0)
+    dead = graph.dead_updates(10, "w")
+    warehouse.make().put(events)
+    graph.return_updates([d.position for d, _ in dead], "", dead=False, destination="w")
+    again = run_until_empty(graph, destination)
+
+    assert served.dead == len(dead) == 2
+    assert all("events" in reason for _, reason in dead)
+    assert again.updates == 2
+    assert warehouse.users() == expected(2)
+
+
+def test_update_that_the_destination_refuses_is_given_up_alone(
+    graph: Graph, tmp_path: Path
+) -> None:
+    """One that breaks its whole window is found, and the others are applied."""
+    warehouse = Warehouse(tmp_path).make()
+    events = journey(20)
+    warehouse.put(events)
+    Recognizer(graph, RULES).process(events)
+
+    def refuse(plan: Plan) -> None:
+        if any(row.equals[0] == "d13" for step in plan.steps for row in step.rows):
+            raise SinkError("the statement was refused; everything was rolled back")
+
+    sink = Around(warehouse.sink(), refuse)
+    served = run_until_empty(graph, Destination(name="w", sink=sink, settle=0.0))
+    dead = graph.dead_updates(10, "w")
+
+    assert [(d.update.cause.anonymous_id, reason) for d, reason in dead] == [
+        ("d13", "the statement was refused; everything was rolled back")
+    ]
+    assert warehouse.users() == expected(20) | {f"m13-{k}": None for k in range(3)}
+    assert (served.updates, served.dead) == (19, 1)
+
+
+def test_nothing_is_given_up_where_nothing_can_be_applied(graph: Graph, tmp_path: Path) -> None:
+    """A destination that refuses everything, such as for want of a right, loses nothing."""
+    warehouse = Warehouse(tmp_path).make()
+    events = journey(4)
+    warehouse.put(events)
+    Recognizer(graph, RULES).process(events)
+    broken = True
+
+    def refuse(plan: Plan) -> None:
+        if broken:
+            raise SinkError("permission denied; everything was rolled back")
+
+    sink = Around(warehouse.sink(), refuse)
+    deliverer = deliverer_of(graph, Destination(name="w", sink=sink, settle=0.0))
+    with delivering(deliverer):
+        wait_until(lambda: deliverer.served["w"].failures >= 20)
+        dead = graph.stats().dead_updates
+        broken = False
+        wait_until(lambda: not graph.stats().pending_updates)
+
+    assert dead == 0
+    assert warehouse.users() == expected(4)
+
+
+# Leases ----------------------------------------------------------------------------------------
+
+
+def test_window_that_takes_longer_than_its_lease_keeps_it(graph: Graph, tmp_path: Path) -> None:
+    """Leases of a window in flight are renewed, so that nobody else applies it meanwhile."""
+    warehouse = Warehouse(tmp_path).make()
+    events = journey(10)
+    warehouse.put(events)
+    Recognizer(graph, RULES).process(events)
+    flying: list[str] = []
+    seen: list[tuple[str, ...]] = []
+
+    def slowly(plan: Plan) -> None:
+        flying.append("one")
+        time.sleep(2.0)
+
+    one = deliverer_of(
+        graph, Destination(name="w", sink=Around(warehouse.sink(), slowly)), lease=0.6
+    )
+    two = deliverer_of(
+        graph,
+        Destination(name="w", sink=warehouse.sink()),
+        lease=0.6,
+        watch=lambda name, plan, applied: seen.append(plan.updates),
+    )
+    with delivering(one):
+        wait_until(lambda: flying)
+        with delivering(two):
+            wait_until(lambda: not graph.stats().pending_updates)
+
+    assert seen == []
+    assert flying == ["one"]
+    assert warehouse.users() == expected(10)
+
+
+def test_window_that_flies_for_too_long_is_offered_to_others(graph: Graph, tmp_path: Path) -> None:
+    """A call that never comes back does not keep its updates for ever; when it does, no harm."""
+    warehouse = Warehouse(tmp_path).make()
+    events = journey(10)
+    warehouse.put(events)
+    Recognizer(graph, RULES).process(events)
+    flying = threading.Event()
+    go_on = threading.Event()
+
+    def hang(plan: Plan) -> None:
+        flying.set()
+        go_on.wait(60)
+
+    one = deliverer_of(
+        graph, Destination(name="w", sink=Around(warehouse.sink(), hang)), lease=0.3, longest=0.5
+    )
+    two = deliverer_of(graph, Destination(name="w", sink=warehouse.sink()), lease=0.3)
+    with delivering(one):
+        flying.wait(60)
+        with delivering(two):
+            wait_until(lambda: not graph.stats().pending_updates)
+            right = warehouse.users()
+            go_on.set()
+            wait_until(lambda: one.served["w"].windows)
+
+    assert right == warehouse.users() == expected(10)
+    assert graph.stats().pending_updates == graph.stats().dead_updates == 0
+
+
+def test_window_in_flight_is_finished_when_stopped(graph: Graph, tmp_path: Path) -> None:
+    """`run` returns after the window that was begun, and leaves the rest leased by nobody."""
+    warehouse = Warehouse(tmp_path).make()
+    events = journey(10)
+    warehouse.put(events)
+    Recognizer(graph, RULES).process(events)
+    begun = threading.Event()
+
+    def slowly(plan: Plan) -> None:
+        begun.set()
+        time.sleep(0.5)
+
+    sink = Around(warehouse.sink(), slowly)
+    deliverer = deliverer_of(graph, Destination(name="w", sink=sink, window=4, settle=0.0))
+    with delivering(deliverer):
+        begun.wait(60)
+    users = warehouse.users()
+    left = graph.lease_updates(100, 60, "w")
+
+    assert deliverer.served["w"].updates == 4
+    assert sum(user is not None for user in users.values()) == 10 + 4 * 3
+    assert len(left) == 6
+
+
+def test_old_updates_are_not_given_up_for_their_age(graph: Graph, tmp_path: Path) -> None:
+    """Patience is for tries, not for time: who comes back after days tries before giving up."""
+    warehouse = Warehouse(tmp_path)
+    warehouse.execute("CREATE TABLE other (x)")
+    events = journey(1)
+    Recognizer(graph, RULES).process(events)
+    (item,) = graph.lease_updates(10, 0)
+    deliverer = deliverer_of(
+        graph, Destination(name="w", sink=warehouse.sink()), patience=0.0, pauses=(0.05, 60.0)
+    )
+    with delivering(deliverer):
+        wait_until(lambda: deliverer.served["w"].postponed)
+        counted = graph.backlog("w")
+
+    assert (counted.waiting, counted.dead) == (1, 0)
+    assert counted.oldest == item.update.created_at
