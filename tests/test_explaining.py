@@ -252,6 +252,19 @@ def test_a_forgotten_device_shows_claims_of_nobody(recognizer: Recognizer) -> No
     assert [claim.identifier for claim in found.claims] == [None]
 
 
+def test_a_claim_that_was_unlinked_is_forgotten_with_its_person(recognizer: Recognizer) -> None:
+    """What was unlinked first and forgotten then names nobody, and keeps rows from the next one."""
+    recognizer.process([make_event("m9", T + 9, "d1", user_id="u2")])
+    recognizer.unlink(DEVICE, U1)
+    unlinked = {claim.message_id for claim in recognizer.explain(U1).claims}
+    recognizer.forget(U1, at=T + 50)
+    recognizer.process([make_event("m8", T + 8, "d1")])
+
+    assert unlinked == {"m2", "m3"}
+    assert [c.identifier for c in recognizer.explain(DEVICE).claims] == [None, U2]
+    assert recognizer.explain("m8").owner is None
+
+
 @pytest.mark.parametrize("subject", ["m1", "m5", "m99", U1, MAIL, DEVICE, Identifier("phone", "?")])
 def test_asking_changes_nothing(
     graph: Graph, recognizer: Recognizer, subject: Identifier | str

@@ -70,6 +70,9 @@ _INTERRUPTED, _PIPE_CLOSED = 130, 141  # 128 + the signal's number, as shells ha
 #: How many rejects are listed; all of them are counted, and all are in the rejects file.
 _LISTED = 20
 
+#: What `recognition.graph.rendering` makes of a picture.
+_SHOWN_AS = ("text", "json", "mermaid", "dot", "html")
+
 #: How many updates wait in the outbox before they are applied while events still come.
 _WINDOW = 10_000
 
@@ -200,9 +203,9 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_graph_commands(
         commands.add_parser(
             "graph",
-            help="Make, check, count, move or compact a graph.",
-            description="Make, check, count, move or compact a graph. Every command takes --json"
-            " and --quiet.",
+            help="Make, check, count, show, move or compact a graph.",
+            description="Make, check, count, show, move or compact a graph. Every command takes"
+            " --json and --quiet.",
         )
     )
     command("schema", _schema, "Print the JSON schema of the update message.")
@@ -218,11 +221,12 @@ def _add_graph_commands(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(
-        name: str, run: Callable[[argparse.Namespace], int], help: str
+        name: str,
+        run: Callable[[argparse.Namespace], int],
+        help: str,
+        graph: Callable[[], argparse.ArgumentParser] = _graph_url,
     ) -> argparse.ArgumentParser:
-        found = commands.add_parser(
-            name, help=help, description=help, parents=[_common(), _graph_url()]
-        )
+        found = commands.add_parser(name, help=help, description=help, parents=[_common(), graph()])
         found.set_defaults(command=run)
         return found
 
@@ -231,6 +235,29 @@ def _add_graph_commands(parser: argparse.ArgumentParser) -> None:
     init.add_argument("--print", action="store_true", help="say what would be done, and do nothing")
     command("check", _graph_check, "Read all of the graph, and list what is wrong with it.")
     command("stats", _stats, "Count what the graph holds.")
+    show = command(
+        "show",
+        _graph_show,
+        "Show an identifier: its person, the links, the devices, and who owned them when.",
+        _graph_arguments,
+    )
+    show.add_argument("identifier", metavar="TYPE:VALUE", help="a bare value is a user_id")
+    show.add_argument(
+        "--format",
+        choices=_SHOWN_AS,
+        dest="shown_as",
+        help="default: text; html is a page of its own; --json is the same as json",
+    )
+    show.add_argument(
+        "--limit",
+        type=_positive,
+        default=50,
+        metavar="N",
+        help="the most that is shown of each kind, default 50; what is left out is told",
+    )
+    show.add_argument(
+        "-o", "--output", metavar="FILE", default="-", help="- is stdout, the default"
+    )
     export = command("export", _graph_export, "Write all that the graph holds as NDJSON.")
     export.add_argument(
         "-o", "--output", metavar="FILE", default="-", help="compressed if it ends in .gz; - is"
@@ -939,6 +966,26 @@ def _graph_check(arguments: argparse.Namespace) -> int:
         if not problems:
             print("nothing is wrong with the graph")
     return _REJECTED if problems else _DONE
+
+
+def _graph_show(arguments: argparse.Namespace) -> int:
+    from recognition.graph.rendering import render
+
+    asked = arguments.shown_as or ("json" if arguments.json else "text")
+    if arguments.json and asked != "json":
+        raise ConfigurationError(f"--json and --format {asked} are two things; leave one away")
+    settings = _settings(arguments)
+    with closing(_graph(settings)) as graph:
+        recognizer = Recognizer(graph, _decided_rules(arguments, settings, graph))
+        identifier = _identifier(arguments.identifier, recognizer)
+        picture = recognizer.show(identifier, arguments.limit)
+    document = render(picture, asked)
+    with _open_output(arguments.output) as file:
+        # What came from a command line may hold bytes that are no text.
+        file.write(document.encode("utf-8", "backslashreplace"))
+    if arguments.output != "-":
+        _say(arguments, f"{arguments.output}: as secret as the graph itself")
+    return _DONE if picture.found else _REJECTED
 
 
 def _graph_export(arguments: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from recognition.errors import InputError
 from recognition.events import BOTS, Event, Identifier, is_bot
@@ -21,6 +21,9 @@ from recognition.identity import is_blocked, normalise
 from recognition.layouts import Row
 from recognition.messages import VERSION_COLUMN
 from recognition.rules import Rules, Supersede
+
+if TYPE_CHECKING:
+    from recognition.graph.showing import Picture
 
 _Value = TypeVar("_Value")
 
@@ -256,6 +259,21 @@ class Recognizer:
         if isinstance(subject, Identifier):
             return self._graph.explain(self._rules, self._normalise(subject))
         return self._graph.explain(self._rules, subject.strip())
+
+    def show(self, identifier: Identifier, limit: int = 50) -> Picture:
+        """
+        What is to be seen of an identifier: its person, the links, the devices, who owned them.
+
+        Reads the graph only. `recognition.graph.rendering.render` makes a document of it.
+
+        Args:
+            identifier: A known identifier, or an ``anonymous_id``.
+            limit: The most that is shown of each kind; what there is more of is told.
+
+        Raises:
+            ConfigurationError: The graph was decided by other rules, or the limit is less than 1.
+        """
+        return self._graph.show(self._rules, self._normalise(identifier), limit)
 
     def _normalise(self, identifier: Identifier) -> Identifier:
         """As the graph has it: by the plain value, or by the hash that rows and `explain` show."""

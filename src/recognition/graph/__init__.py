@@ -34,6 +34,7 @@ from recognition.rules import Rules
 
 if TYPE_CHECKING:
     from recognition.graph.moving import Record
+    from recognition.graph.showing import Picture
 
 __all__ = [
     "Backlog",
@@ -130,6 +131,9 @@ class Graph(Protocol):
 
     def explain(self, rules: Rules, subject: Identifier | str) -> Explanation:
         """Why an identifier, or a message (given by its id), belongs to its person."""
+
+    def show(self, rules: Rules, identifier: Identifier, limit: int) -> Picture:
+        """What is to be seen of an identifier, as `recognition.graph.showing` defines it."""
 
     def decided_with(self, workspace: str) -> str | None:
         """`Rules.fingerprint` of the workspace's first decision; ``None`` before it."""
@@ -323,6 +327,13 @@ class StoredGraph(ABC):
                 if updates:
                     yield updates
                 handles, updates = page(handles[-1], known)
+
+    def show(self, rules: Rules, identifier: Identifier, limit: int) -> Picture:
+        """See `Graph.show`."""
+        from recognition.graph.showing import show
+
+        with self._reader(rules.workspace) as store:
+            return show(store, rules, identifier, limit)
 
     def decided_with(self, workspace: str) -> str | None:
         """See `Graph.decided_with`."""

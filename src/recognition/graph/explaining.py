@@ -6,7 +6,7 @@ It reads the graph as it stands and repeats the decision with the reasons kept; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from recognition.attribution import BEGINNING, END, Claim, claim_at, spans
@@ -105,7 +105,7 @@ def _explain_known(store: Store, known: Known, before: tuple[str, ...]) -> Expla
     because = [*before]
     if len(person) == 1:
         because.append("no link joins it with another known identifier")
-    for link in _path(known.handle, known.canonical, links):
+    for link in chain_between(known.handle, known.canonical, links):
         kind = "an alias" if link.alias else "one event"
         because.append(
             f"{names[link.a].type} and {names[link.b].type} are linked by {kind}:"
@@ -236,21 +236,23 @@ def _reasons(store: Store, value: str, claims: list[Claim]) -> tuple[ClaimReason
     )
 
 
-def _path(start: int, goal: int, links: list[StoredLink]) -> list[StoredLink]:
-    """The shortest chain of links that hold, from one identifier to another."""
+def chain_between(start: int, goal: int, links: Iterable[StoredLink]) -> list[StoredLink]:
+    """The shortest chain of links that hold, from one identifier to another; or nothing."""
+    at: dict[int, list[tuple[int, StoredLink]]] = {}
+    for link in links:
+        if not link.refused:
+            at.setdefault(link.a, []).append((link.b, link))
+            at.setdefault(link.b, []).append((link.a, link))
     reached: dict[int, StoredLink | None] = {start: None}
     queue = [start]
     for node in queue:
-        for link in links:
-            if link.refused or node not in (link.a, link.b):
-                continue
-            other = link.b if node == link.a else link.a
+        for other, link in at.get(node, ()):
             if other not in reached:
                 reached[other] = link
                 queue.append(other)
-    path = []
+    chain = []
     node = goal
     while (step := reached.get(node)) is not None:
-        path.append(step)
+        chain.append(step)
         node = step.b if node == step.a else step.a
-    return path[::-1]
+    return chain[::-1]

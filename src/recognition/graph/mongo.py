@@ -1671,14 +1671,13 @@ class _MongoStore:
             key = _key(handle)
             self._values[key] = value
             document = self._timeline(key)
-            barred = document.get("barred", ())
             owners = self._owners.setdefault(key, set())
             for claim in new:
                 self._new_claims.append(_claim_document(key, claim))
                 if not isinstance(claim.owner, int):
                     continue
                 owner = _key(claim.owner)
-                if owner not in owners and owner not in barred:
+                if owner not in owners:
                     owners.add(owner)
                     self._claimant_writes[owner + key] = True
                     # Whoever decides about this person must know of this timeline.
@@ -1796,7 +1795,6 @@ class _MongoStore:
         owner = _key(identifier)
         if owner not in document.get("barred", ()):
             document["barred"] = [*document.get("barred", ()), owner]
-        self._claimant_writes[owner + _key(timeline)] = False
 
     def release(self, anonymous_id: str, until: int) -> None:
         document = self._timeline(self._workspace.digest(ANONYMOUS, anonymous_id))

@@ -390,7 +390,7 @@ class _Writing:
         mongo._MongoStore._extend(self._timeline, claims)
         for claim in claims:
             self._replace("claims", mongo._claim_document(record.digest, claim))
-        for owner in {moved.owner for moved in record.claims} - {None, *record.barred}:
+        for owner in {moved.owner for moved in record.claims} - {None}:
             assert owner is not None
             self._replace("claims", {"_id": owner + record.digest + bytes(DIGEST)})
 
