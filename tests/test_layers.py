@@ -29,6 +29,7 @@ STAGES: dict[str, set[str]] = {
     "planner": {"errors", "messages"},
     "sinks": {"errors", "events", "messages", "planner"},
     "delivery": _WAY_IN | _WAY_OUT,
+    "aio": _WAY_IN | _WAY_OUT | {"delivery"},
     "config": _WAY_IN | {"delivery"},
     "demo": set(),
     "cli": _WAY_IN | _WAY_OUT | {"delivery", "config", "demo"},
