@@ -31,6 +31,7 @@ STAGES: dict[str, set[str]] = {
     "delivery": _WAY_IN | _WAY_OUT,
     "worker": _WAY_IN | {"delivery"},
     "metrics": {"errors", "graph", "delivery", "worker"},
+    "aio": _WAY_IN | _WAY_OUT | {"delivery"},
     "config": _WAY_IN | {"delivery"},
     "check": _WAY_IN | _WAY_OUT | {"config"},
     "demo": set(),

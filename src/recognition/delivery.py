@@ -56,6 +56,7 @@ def deliver(
     window: int = 10_000,
     lease: float = 600.0,
     watch: Callable[[Plan, Applied], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Delivered:
     """
     Apply what the outbox holds, window by window, until nothing is left to lease.
@@ -68,6 +69,7 @@ def deliver(
         window: How many updates are coalesced into one plan.
         lease: How long a window may take before it is offered to others, in seconds.
         watch: Called with each plan and what a sink made of it, before the acknowledgement.
+        stop: Asked before each window; true leaves the rest in the outbox.
 
     Returns:
         What was applied; over several sinks, rows and statements are summed.
@@ -81,7 +83,7 @@ def deliver(
     targets = list(sinks) if isinstance(sinks, Sequence) else [sinks]
     total = Delivered()
     waiting: dict[int, TableError] = {}
-    while leased := graph.lease_updates(window, lease):
+    while not (stop is not None and stop()) and (leased := graph.lease_updates(window, lease)):
         positions = {item.update.id: item.position for item in leased}
         plan = plan_updates([item.update for item in leased])
         refused: dict[str, RecognitionError] = dict(plan.rejected)
