@@ -28,6 +28,8 @@ _GROUP = "recognition.sinks"
 
 # Also registered as entry points; named here so that a source tree that is not installed works.
 _BUILT_IN = {
+    "chdb": "recognition.sinks.clickhouse:ClickhouseSink",
+    "clickhouse": "recognition.sinks.clickhouse:ClickhouseSink",
     "duckdb": "recognition.sinks.duckdb:DuckdbSink",
     "snowflake": "recognition.sinks.snowflake:SnowflakeSink",
     "mariadb": "recognition.sinks.mysql:MysqlSink",

@@ -37,8 +37,8 @@ from recognition.errors import (
     TableError,
 )
 from recognition.planner import Bound
+from recognition.sinks.rows import Column
 from recognition.sinks.sql import (
-    Column,
     Interval,
     SqlSink,
     StageColumn,

@@ -43,9 +43,9 @@ from recognition.errors import (
 )
 from recognition.events import parse_time
 from recognition.planner import Bound, Value
+from recognition.sinks.rows import Column
 from recognition.sinks.sql import (
     LEDGER,
-    Column,
     Interval,
     SqlSink,
     StageColumn,

@@ -44,9 +44,9 @@ from recognition.errors import (
 )
 from recognition.events import parse_time
 from recognition.planner import Bound, Step, Value
+from recognition.sinks.rows import Column
 from recognition.sinks.sql import (
     LEDGER,
-    Column,
     Interval,
     SqlSink,
     StageColumn,

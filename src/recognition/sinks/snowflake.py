@@ -35,9 +35,9 @@ from recognition.errors import (
     TableError,
 )
 from recognition.planner import Bound
+from recognition.sinks.rows import Column
 from recognition.sinks.sql import (
     LEDGER,
-    Column,
     Interval,
     SqlSink,
     StageColumn,

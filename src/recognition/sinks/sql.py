@@ -27,8 +27,6 @@ The ledger does not tell the order of a later update that asks for more in anoth
 
 from __future__ import annotations
 
-import json
-import re
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -39,7 +37,6 @@ from datetime import datetime
 from difflib import get_close_matches
 from hashlib import blake2b
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
-from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.ext.compiler import compiles
@@ -49,7 +46,6 @@ from sqlalchemy.sql.expression import ClauseElement, Executable
 
 from recognition.errors import (
     ConfigurationError,
-    EventError,
     OutcomeUnknownError,
     RecognitionError,
     SinkError,
@@ -57,21 +53,32 @@ from recognition.errors import (
     TableError,
     ValueRefusedError,
 )
-from recognition.events import parse_time, render_time
 from recognition.messages import VERSION_COLUMN, to_text
 from recognition.planner import (
     Bound,
-    Cover,
     Plan,
     Shape,
     Step,
     Value,
-    cut_step,
-    cuts,
-    distinguish,
-    narrows,
 )
 from recognition.sinks import Applied, AppliedStep, Capabilities
+from recognition.sinks.rows import (
+    KINDS,
+    Column,
+    Later,
+    Spared,
+    convert,
+    cut_and_spare,
+    fills,
+    joined,
+    lacking_of,
+    later_of,
+    names_of,
+    note_extras,
+    refuse_value,
+    show_time,
+)
+from recognition.sinks.rows import Target as _Target
 
 _DAY = 86_400 * 1_000_000
 _Expression = sa.ColumnElement[Any]
@@ -103,56 +110,10 @@ _LEDGER_INDEX = sa.Index(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Column:
-    """
-    A column of a real table.
+class Target(_Target):
+    """A real table, and what it is in a statement."""
 
-    Args:
-        name: As the database spells it.
-        declared: Its type, as the database shows it.
-        kind: What it holds: ``text``, ``integer``, ``float``, ``boolean``, ``time``, ``uuid``,
-            ``numeric`` (SQLite: numbers, and texts that do not look like one), ``any``, or
-            ``other``, which is nothing that an update can carry.
-        nullable: It may be NULL.
-        width: The most characters that it is declared to hold, if any.
-        low, high: The smallest and the greatest number that it holds.
-        generated: The database computes it; it cannot be set.
-    """
-
-    name: str
-    declared: str
-    kind: str
-    nullable: bool = True
-    width: int | None = None
-    low: float | None = None
-    high: float | None = None
-    generated: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """
-    A real table, as it was found.
-
-    Args:
-        parts: Its name, and before it those of schema and database as far as they were given.
-        columns: By their names in lower case.
-        collated: Some column compares in another way than byte by byte.
-        view: It is none, so that nothing can be set.
-        ambiguous: By a name in lower case: as which several it is there, that differ in case.
-            ``""`` is the table itself.
-    """
-
-    parts: tuple[str, ...]
-    columns: Mapping[str, Column]
-    collated: bool = False
-    view: bool = False
-    ambiguous: Mapping[str, str] = field(default_factory=dict)
-
-    def column(self, name: str) -> Column:
-        """The column of this name, in any case; the caller knows that there is one."""
-        return self.columns[name.lower()]
+    __slots__ = ()
 
     def clause(self) -> sa.TableClause:
         """The table in a statement."""
@@ -511,7 +472,7 @@ class SqlSink(ABC):
         statement = self._set_rows(step, target, self._stage_clause(step, target))
         text = str(statement.compile(dialect=self._engine.dialect))
         bounds = [
-            f"{bound.column} in [{_show(bound.lower)}, {_show(bound.upper)})"
+            f"{bound.column} in [{show_time(bound.lower)}, {show_time(bound.upper)})"
             for bound in step.bounds
         ]
         return f"{text}\n-- {' and '.join(bounds) or 'no bounds'}; {len(step.rows)} staged rows"
@@ -812,7 +773,7 @@ class SqlSink(ABC):
             if any(later):
                 parts = [
                     _Part(part, self._stage(transaction, part, target), spare)
-                    for part, spare in _cut_and_spare(step, *later)
+                    for part, spare in cut_and_spare(step, *later)
                 ]
         return _PreparedStep(step, target, stage, later, parts, time.perf_counter() - started)
 
@@ -880,7 +841,7 @@ class SqlSink(ABC):
         step: Step,
         target: Target,
         stage: sa.FromClause,
-        spare: frozenset[_Spared] = frozenset(),
+        spare: frozenset[Spared] = frozenset(),
     ) -> sa.Update | Merge:
         """The one statement that writes to the target."""
         shape = step.shape
@@ -913,7 +874,7 @@ class SqlSink(ABC):
             where.append(sa.or_(empty, version.is_not(None)))
         else:
             where += [self._empty(table, target, column) for column in own_empty]
-            if not _fills(step, own_empty):
+            if not fills(step, own_empty):
                 where.append(sa.or_(*differs))
         where += self._bounds(table, step, target)
         where += self._spare(table, stage, step, target, spare)
@@ -1108,10 +1069,8 @@ class SqlSink(ABC):
 
     def _find_later(
         self, transaction: Transaction, stage: sa.FromClause, step: Step, target: Target
-    ) -> _Later:
+    ) -> Later:
         """By row of the step: what later updates took of it, and which single rows they took."""
-        shape = step.shape
-        spelled = {target.column(name).name: name for name in _names(shape)}
         found = transaction.execute(
             sa.select(
                 stage.c.position,
@@ -1138,32 +1097,7 @@ class SqlSink(ABC):
             )
             .order_by(stage.c.position, LEDGER.c.sequence, LEDGER.c.update_id, LEDGER.c.starts)
         )
-        covers: defaultdict[int, list[Cover]] = defaultdict(list)
-        spared: defaultdict[int, list[_Spared]] = defaultdict(list)
-        for later in found:
-            row = step.rows[later.position]
-            if (later.sequence, later.update_id) < (row.sequence, row.update_id):
-                continue
-            extras = [(name, value) for name, value in json.loads(later.extras or "[]")]
-            if later.message_column:
-                extras.append((later.message_column, later.message_id))
-            cover = Cover(
-                frozenset(spelled.get(name, name) for name in later.columns.split(",")),
-                frozenset(spelled.get(name, name) for name in later.empty.split(",") if name),
-                frozenset((spelled.get(name, name), distinguish(value)) for name, value in extras),
-                spelled.get(later.time_column, later.time_column) or None,
-                later.starts,
-                later.ends,
-            )
-            message_column = spelled.get(later.message_column, later.message_column)
-            if cuts(cover, shape, row):
-                covers[later.position].append(cover)
-            elif message_column.lower() in target.columns and narrows(
-                cover, shape, row, message_column
-            ):
-                note = _Spared(cover.columns, later.columns, later.message_column, later.extras)
-                spared[later.position].append(note)
-        return _Later(covers, spared)
+        return later_of(step, target, found)
 
     def _same_key(self, stage: sa.FromClause, step: Step, target: Target) -> tuple[_Condition, ...]:
         return (
@@ -1179,7 +1113,7 @@ class SqlSink(ABC):
         stage: sa.FromClause,
         step: Step,
         target: Target,
-        spare: frozenset[_Spared],
+        spare: frozenset[Spared],
     ) -> list[_Condition]:
         """No row that a later update named by message."""
         later = sa.or_(
@@ -1229,8 +1163,8 @@ class SqlSink(ABC):
             "message_column": self._constant_text(message[0]),
             "message_id": message[1],
             "extras": stage.c.extras,
-            "columns": self._constant_text(_joined(shape.columns, target)),
-            "empty": self._constant_text(_joined(shape.empty, target)),
+            "columns": self._constant_text(joined(shape.columns, target)),
+            "empty": self._constant_text(joined(shape.empty, target)),
             "time_column": self._constant_text(target.column(shape.times[0]).name if timed else ""),
             "starts": stage.c.starts_0 if timed else nothing,
             "ends": stage.c.ends_0 if timed else nothing,
@@ -1260,7 +1194,7 @@ class SqlSink(ABC):
         """The target with what it lacks for the shape, as `load` would make it."""
         columns = {} if target is None else dict(target.columns)
         times = {*shape.times, *(shape.messages or ())[1:]}
-        for name in _names(shape):
+        for name in names_of(shape):
             kind = "time" if name in times else "integer" if name == VERSION_COLUMN else "text"
             columns.setdefault(name.lower(), self.assume(kind, name))
         if target is None:
@@ -1319,13 +1253,13 @@ class SqlSink(ABC):
     def _refuse_shape(self, target: Target, step: Step) -> str | None:
         shape = step.shape
         where = f"table {step.table!r}"
-        for name in ("", *_names(shape)):
+        for name in ("", *names_of(shape)):
             if several := target.ambiguous.get(name.lower()):
                 what = f"{where}, column {name!r}" if name else where
                 return f"{what}: there is {several}; which is meant cannot be told"
         if target.view:
             return f"{step.table!r} is a view; updates need the table under it"
-        missing = _lacking(target, step)
+        missing = lacking_of(target, step)
         if missing:
             return f"{where} has no column {self._add_columns(target, step, missing)}"
         names = [target.column(name).name for name in shape.columns]
@@ -1351,7 +1285,7 @@ class SqlSink(ABC):
                 kind = "time"
             elif name in shape.columns:
                 values = [row.values[shape.columns.index(name)] for row in step.rows]
-                kind = next((_KINDS[type(value)] for value in values if value is not None), "text")
+                kind = next((KINDS[type(value)] for value in values if value is not None), "text")
             declared = self.declare(kind, False)
             commands.append(f"ALTER TABLE {named} ADD COLUMN {self._quote(name)} {declared}")
         return commands
@@ -1359,7 +1293,7 @@ class SqlSink(ABC):
     def _may_lack_columns(self, step: Step) -> bool:
         """Whether the table was not seen yet, or lacked what the step sets."""
         target = self._targets.get(step.table)
-        return target is None or bool(_lacking(target, step))
+        return target is None or bool(lacking_of(target, step))
 
     def _add_missing(self, transaction: Transaction, plan: Plan) -> None:
         """
@@ -1374,7 +1308,7 @@ class SqlSink(ABC):
             target = self._find(transaction.connection, step.table)
             if target is None or target.view:
                 continue
-            missing = _lacking(target, step)
+            missing = lacking_of(target, step)
             if missing and all(name in step.shape.columns for name in missing):
                 for command in self._alterations(target, step, missing):
                     transaction.execute_text(command)
@@ -1400,32 +1334,7 @@ class SqlSink(ABC):
 
     def _refuse(self, column: Column, value: Value) -> str | None:
         """Why a column cannot hold a value, or ``None``; the value itself is not shown."""
-        kind = column.kind
-        if value is None:
-            if column.nullable or kind == "text":
-                return None
-            return f"null was found; it is {column.declared} NOT NULL"
-        declared = column.declared or "of no declared type"
-        needed = f"{_KINDS[type(value)]} was found; it is {declared}"
-        if type(value) not in self.holds[kind]:
-            return needed
-        if isinstance(value, str):
-            if column.width is not None and len(value) > column.width:
-                return f"a text of {len(value)} characters was found; it is {declared}"
-            if (
-                (kind == "numeric" and _is_number(value))
-                or (kind == "uuid" and not _is_uuid(value))
-                or (kind == "time" and _time_or_none(value) is None)
-            ):
-                return f"a text that it cannot hold unchanged was found; it is {declared}"
-            return None
-        if kind == "integer" and isinstance(value, float) and not value.is_integer():
-            return needed
-        if (column.low is not None and value < column.low) or (
-            column.high is not None and value > column.high
-        ):
-            return f"a number out of its range was found; it is {declared}"
-        return None
+        return refuse_value(column, value, self.holds)
 
     # Loading rows -------------------------------------------------------------------------------
 
@@ -1458,7 +1367,7 @@ class SqlSink(ABC):
             values: list[Any] = [row.get(name) for row in first.values()]
             column = target.column(name)
             as_text = kind != "time" and column.kind == "text"
-            lists.append(_convert(column, values) if as_text else values)
+            lists.append(convert(column, values) if as_text else values)
         lists.append([int(value in stamped) for value in first])
         self._make_stage(transaction, stage.name, stage_columns, target, lists)
         staged = {name: stage.c[f"value_{place}"] for place, name in enumerate(columns)}
@@ -1541,28 +1450,6 @@ class SqlSink(ABC):
         return found
 
 
-_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.ASCII | re.IGNORECASE)
-_KINDS: Mapping[type, str] = {str: "text", bool: "boolean", int: "integer", float: "float"}
-
-
-def _fills(step: Step, empty: Iterable[str]) -> bool:
-    """Whether each row that is met changes, because a column is empty and will not be."""
-    places = [step.shape.columns.index(column) for column in empty]
-    return any(all(row.values[place] not in (None, "") for row in step.rows) for place in places)
-
-
-def _names(shape: Shape) -> tuple[str, ...]:
-    """All columns that a shape speaks of, each once."""
-    messages = (shape.messages or ())[1:]
-    return tuple(
-        dict.fromkeys((*shape.equals, *shape.columns, *shape.empty, *shape.times, *messages))
-    )
-
-
-def _lacking(target: Target, step: Step) -> list[str]:
-    return [name for name in _names(step.shape) if name.lower() not in target.columns]
-
-
 class _UndoneError(Exception):
     """Carries what a rehearsal did out of its transaction."""
 
@@ -1580,14 +1467,7 @@ class _Part(NamedTuple):
 
     step: Step
     stage: sa.FromClause
-    spare: frozenset[_Spared]
-
-
-class _Later(NamedTuple):
-    """By row of a step: what later updates took of it, and which single rows they took."""
-
-    covers: Mapping[int, Sequence[Cover]]
-    spared: Mapping[int, Sequence[_Spared]]
+    spare: frozenset[Spared]
 
 
 class _PreparedStep(NamedTuple):
@@ -1596,7 +1476,7 @@ class _PreparedStep(NamedTuple):
     step: Step
     target: Target
     stage: sa.FromClause
-    later: _Later | None
+    later: Later | None
     parts: Sequence[_Part]
     seconds: float
 
@@ -1618,44 +1498,6 @@ class _PreparedLoad(NamedTuple):
     any_stamped: bool
 
 
-class _Spared(NamedTuple):
-    """What notes of the ledger that name single messages have in common."""
-
-    sets: frozenset[str]
-    columns: str
-    message_column: str
-    extras: str
-
-
-def _cut_and_spare(
-    step: Step, covers: Mapping[int, Sequence[Cover]], spared: Mapping[int, Sequence[_Spared]]
-) -> Iterator[tuple[Step, frozenset[_Spared]]]:
-    """The parts of a step that later updates leave, each with the notes of the rows to spare."""
-    shape = step.shape
-    parts: defaultdict[tuple[tuple[str, ...], frozenset[_Spared]], list[int]] = defaultdict(list)
-    for place in range(len(step.rows)):
-        notes = frozenset(spared.get(place, ()))
-        by_notes: defaultdict[frozenset[_Spared], list[str]] = defaultdict(list)
-        for column in shape.columns:
-            by_notes[frozenset(note for note in notes if column in note.sets)].append(column)
-        for bearing, among in by_notes.items():
-            parts[tuple(among), bearing].append(place)
-    # What a column that must be empty is set to comes last: the other parts still ask for it.
-    for (columns, bearing), places in sorted(
-        parts.items(), key=lambda item: (not set(shape.empty).isdisjoint(item[0][0]), item[0][0])
-    ):
-        keep = [shape.columns.index(column) for column in columns]
-        rows = [step.rows[place] for place in places]
-        part = Step(
-            level=step.level,
-            shape=replace(shape, columns=columns),
-            rows=tuple(row._replace(values=tuple(row.values[k] for k in keep)) for row in rows),
-        )
-        again = {n: covers[place] for n, place in enumerate(places) if place in covers}
-        for left in cut_step(part, again):
-            yield left, bearing
-
-
 def _is_empty(expression: _Expression, column: Column) -> _Condition:
     nothing = _nothing(column)
     return expression.is_(None) if isinstance(nothing, sa.Null) else expression == nothing
@@ -1666,10 +1508,6 @@ def _nothing(column: Column) -> _Expression:
     if column.kind == "text" and not column.nullable:
         return sa.literal_column("''")
     return sa.null()
-
-
-def _joined(names: Iterable[str], target: Target) -> str:
-    return ",".join(sorted(target.column(name).name for name in names))
 
 
 def _like(name: str, column: Column) -> StageColumn:
@@ -1694,82 +1532,18 @@ def _stage_lists(step: Step, target: Target) -> list[list[Any]]:
         lists += [
             [row.workspace for row in rows],
             list(range(len(rows))),
-            _note_extras(step, target),
+            note_extras(step, target),
         ]
     for place, name in enumerate(shape.equals):
-        lists.append(_convert(target.column(name), [row.equals[place] for row in rows]))
+        lists.append(convert(target.column(name), [row.equals[place] for row in rows]))
     for place in range(len(shape.times)):
         intervals = [row.intervals[place] for row in rows]
         ends = [[interval[0] for interval in intervals], [interval[1] for interval in intervals]]
         lists += ends + ends
     for place, name in enumerate(shape.columns):
         if name != VERSION_COLUMN:
-            lists.append(_convert(target.column(name), [row.values[place] for row in rows]))
+            lists.append(convert(target.column(name), [row.values[place] for row in rows]))
     return lists
-
-
-def _note_extras(step: Step, target: Target) -> list[str | None]:
-    """What the ledger notes of further equalities; ``None``: another row notes the same."""
-    shape = step.shape
-    message_column = None if shape.messages is None else shape.messages[0]
-    places = [
-        (place, target.column(name).name)
-        for place, name in enumerate(shape.equals)
-        if place > 0 and name != message_column
-    ]
-    if not places and not shape.speaks_for_interval:
-        return [""] * len(step.rows)
-    notes: list[str | None] = []
-    noted: set[tuple[object, ...]] = set()
-    for row in step.rows:
-        extras = [(name, row.equals[place]) for place, name in places]
-        same = (row.update_id, row.equals[0], row.intervals, *extras)
-        if shape.speaks_for_interval and same in noted:
-            notes.append(None)
-            continue
-        noted.add(same)
-        notes.append(json.dumps(extras, ensure_ascii=False) if extras else "")
-    return notes
-
-
-def _convert(column: Column, values: list[Value]) -> list[Any]:
-    """The values as the column holds them, after it was found that it does."""
-    if column.kind == "text":
-        if {*map(type, values)} <= {str}:
-            return values
-        nothing = None if column.nullable else ""
-        return [nothing if value is None else to_text(value) for value in values]
-    if column.kind == "time":
-        return [None if value is None else _time_or_none(value) for value in values]
-    if column.kind == "integer":
-        return [None if value is None else int(value) for value in values]
-    if column.kind == "float":
-        return [None if value is None else float(value) for value in values]
-    return values
-
-
-def _time_or_none(value: object) -> int | None:
-    try:
-        return parse_time(value)
-    except EventError:
-        return None
-
-
-def _is_number(text: str) -> bool:
-    """Whether SQLite would turn the text into a number (https://sqlite.org/datatype3.html#3.2)."""
-    return _NUMBER.fullmatch(text) is not None
-
-
-def _is_uuid(text: str) -> bool:
-    try:
-        UUID(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _show(time_or_none: int | None) -> str:
-    return "..." if time_or_none is None else render_time(time_or_none)
 
 
 def _now() -> int:

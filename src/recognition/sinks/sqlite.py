@@ -33,8 +33,8 @@ from recognition.errors import (
 )
 from recognition.events import parse_time
 from recognition.planner import Bound
+from recognition.sinks.rows import Column
 from recognition.sinks.sql import (
-    Column,
     Interval,
     SqlSink,
     StageColumn,

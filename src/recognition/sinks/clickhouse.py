@@ -1,0 +1,1581 @@
+"""
+ClickHouse, on a server or embedded: a plan's rows are staged once, then each step is a statement
+that looks its values up by the key of each row.
+
+ClickHouse has no ``UPDATE .. FROM`` and no transactions, and a table can be changed in several ways
+whose costs differ by factors of a thousand. So this sink is not one of `sql.py`'s: it reads what
+the table is, lets `clickhouse_cost.choose` take the cheapest strategy that is correct for it, and
+sends one statement for each step, whatever the number of visitors.
+
+**How rows are found and set.** The staged rows lie in a table; from it a second one with the Join
+engine is filled, one line per key, from which ``joinGet`` takes the values for each row of the
+target (https://clickhouse.com/docs/engines/table-engines/special/join). Where one key has several
+intervals, a line holds arrays, and the first interval that the row's time lies in is the one.
+
+**What keeps two workers apart.** Making a table fails where there is one: a table whose name
+follows from the target's is the lock. Whoever finds a lock whose holder does nothing, neither a
+query nor a mutation, takes the holder's staged rows away before anything else. So a worker that was
+only asleep cannot write any more: what its statements look up is gone, and they fail. All that is
+made for a window carries the window's id, which begins with the server's time.
+
+**What a crash leaves.** The rows of a statement are written in full or in part; the guard that
+excludes rows which already hold their values makes the same window safe to apply again. The ledger
+(see `sql.py` for what it is for) is written *before* the rows, under the lock: what is noted and
+not written is written when the window comes again, and until then earlier updates leave it alone.
+
+No value ever becomes part of a statement's text. Values travel in the staged rows or as parameters
+of the server; names are quoted after they were found in the real table; a `Fragment` is made of
+literals of this file, names and parameters, and of nothing else.
+
+Times are compared in microseconds since 1970-01-01 UTC. ``empty`` is NULL or, in a column that
+cannot be NULL, what ClickHouse puts in the place of it: ``''``, 0 or 1970-01-01.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from difflib import get_close_matches
+from hashlib import blake2b
+from math import inf
+from typing import Any, NamedTuple, cast
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import clickhouse_connect
+from clickhouse_connect.driver.client import Client
+from clickhouse_connect.driver.exceptions import ClickHouseError
+
+from recognition.errors import (
+    ConfigurationError,
+    OutcomeUnknownError,
+    RecognitionError,
+    SinkError,
+    SinkReadOnlyError,
+    SinkUnavailableError,
+    TableError,
+    ValueRefusedError,
+)
+from recognition.messages import VERSION_COLUMN, to_text
+from recognition.planner import Plan, Shape, StagedRow, Step, Value
+from recognition.sinks import Applied, AppliedStep, Capabilities
+from recognition.sinks.clickhouse_cost import (
+    ALTER,
+    INSERT,
+    REKEY,
+    STRATEGIES,
+    UPDATE,
+    Choice,
+    Partition,
+    Work,
+    choose,
+)
+from recognition.sinks.clickhouse_statements import (
+    CEILING,
+    DAY,
+    FLOOR,
+    PLAIN,
+    SECOND,
+    STAGE,
+    Fragment,
+    Name,
+    Parameter,
+    Stage,
+    Statements,
+    Table,
+    join,
+    quote,
+    read_column,
+    sql,
+    sql_type,
+    stage_of,
+    stage_values,
+    time_range,
+)
+from recognition.sinks.rows import (
+    Column,
+    Later,
+    Spared,
+    cut_and_spare,
+    joined,
+    lacking_of,
+    later_of,
+    names_of,
+    note_extras,
+    refuse_value,
+    show_time,
+    time_or_none,
+)
+
+LEDGER = "recognition_ledger"
+_LOCK = "recognition_lock_"
+_BROKEN = "recognition_broken_"
+
+#: How long a lock's holder may do nothing before the lock is taken away, in seconds.
+_IDLE = 10.0
+_COLD = 3600  # seconds without a write, after which a partition's next merge may be far
+_ORPHAN = 3600  # seconds, after which the mark of a broken lock is of no use any more
+
+# https://clickhouse.com/docs/sql-reference/statements/update: since 25.7.
+_FIRST_WITH_UPDATE = (25, 7)
+
+# An ALTER names its partitions one by one; `max_query_size` is 256 KiB of text.
+_COMMANDS = 100
+
+# How many rows a visitor has, where the update does not say: about 20 in the event files that we
+# measured with.
+_UNKNOWN_ROWS = 20
+
+_HOLDS: Mapping[str, tuple[type, ...]] = {
+    "text": (str,),
+    "integer": (int, float),
+    "float": (int, float),
+    "boolean": (bool,),
+    "time": (str,),
+    "uuid": (str,),
+    "other": (),
+}
+
+_GRANTS = (
+    "a privilege is missing; as an administrator run: GRANT SELECT, INSERT, CREATE TABLE, DROP "
+    "TABLE ON db.* TO user, GRANT ALTER UPDATE, ALTER MATERIALIZE ON db.table TO user and GRANT "
+    "SELECT ON system.* TO user"
+)
+
+# https://github.com/ClickHouse/ClickHouse/blob/master/src/Common/ErrorCodes.cpp
+_SAID: Mapping[int, tuple[type[SinkError], str]] = {
+    60: (TableError, "a table is missing"),
+    81: (TableError, "a database is missing"),
+    16: (TableError, "a column is missing"),
+    47: (TableError, "a column is missing"),
+    164: (SinkReadOnlyError, f"the user may only read: {_GRANTS}"),
+    497: (SinkReadOnlyError, _GRANTS),
+    192: (SinkError, "ClickHouse refused the login: the user is not known"),
+    193: (SinkError, "ClickHouse refused the login: the password is wrong"),
+    516: (SinkError, "ClickHouse refused the login: the user's name or password is wrong"),
+    242: (SinkUnavailableError, "the replica is read-only for now"),
+    159: (SinkUnavailableError, "the server's time limit for a query is over"),
+    202: (SinkUnavailableError, "too many queries run at once"),
+    209: (SinkUnavailableError, "a replica or the keeper did not answer in time"),
+    210: (SinkUnavailableError, "a replica cannot be reached"),
+    225: (SinkUnavailableError, "there is no keeper for replicated tables"),
+    241: (SinkUnavailableError, "the server's memory limit was reached"),
+    252: (SinkUnavailableError, "the table has too many parts; merges have to catch up"),
+    319: (SinkUnavailableError, "whether the insert happened is not known to the server"),
+    344: (SinkError, "the server has this switched off"),
+    394: (SinkUnavailableError, "the query was cancelled by somebody"),
+    420: (TableError, "a column of the sorting or partition key cannot be updated"),
+    473: (SinkUnavailableError, "a table is locked by somebody else"),
+    692: (SinkUnavailableError, "the table has too many unfinished mutations"),
+    999: (SinkUnavailableError, "the keeper does not answer"),
+}
+_EXISTS, _NO_TABLE = 57, 60
+_CROWDED = {252, 692}
+
+#: A table that was made for a window: what it is, and the window's id.
+_MADE = re.compile(r"(recognition_stage_|recognition_broken_)([0-9a-f]{8}_[0-9a-f]{8})")
+
+_SETTING = re.compile(r"(\w+) = ('(?:[^'\\]|\\.)*'|[^,\s]+)")
+_ARGUMENTS = re.compile(r"\w+\(([^)]*)\)")
+
+
+# The sink -----------------------------------------------------------------------------------------
+
+
+class ClickhouseSink:
+    """
+    A database of a ClickHouse server, or of the engine embedded in this process.
+
+    ``clickhouse://user:password@host:port/database`` is HTTP on port 8123, with ``?secure=true``
+    HTTPS on 8443. ``chdb:///path`` is the embedded engine (https://clickhouse.com/docs/chdb) on a
+    directory, of which a process can have one; ``?database=`` names the database there. All that
+    follows ``?`` may be given as an argument too; what the sink does not know is clickhouse-
+    connect's.
+
+    Args:
+        url: See above.
+        timeout: How long a lock of another worker, somebody else's mutation, or a table with too
+            many parts is waited for, in seconds.
+        statement_timeout: How long one statement may run, in seconds. After that it may still run
+            on the server; the next call waits for it.
+        ledger_days: After how many days the ledger may forget what was applied.
+        strategy: ``auto``, or one of ``update``, ``alter``, ``insert`` and ``rekey`` for all tables
+            that can have it; the updates of the others are refused, with the reason.
+        patches: ``auto`` applies the patches of a lightweight update where reading them would cost
+            more, ``always`` at once, ``never`` leaves them to merges.
+    """
+
+    capabilities = Capabilities(ledger=True, counts_per_update=True)
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout: float = 30.0,
+        statement_timeout: float = 3600.0,
+        ledger_days: int = 90,
+        strategy: str = "auto",
+        patches: str = "auto",
+        **options: object,
+    ) -> None:
+        given = _read_url(url)
+        timeout = float(given.pop("timeout", timeout))
+        strategy = given.pop("strategy", strategy)
+        patches = given.pop("patches", patches)
+        if timeout < 0:
+            raise ConfigurationError(f"timeout is {timeout} seconds; it is at least 0")
+        if ledger_days < 1:
+            raise ConfigurationError(f"ledger_days is {ledger_days}; it is at least 1")
+        if strategy not in ("auto", *STRATEGIES):
+            raise ConfigurationError(
+                f"strategy is {strategy!r}; it is one of: auto, {', '.join(STRATEGIES)}"
+            )
+        if patches not in ("auto", "always", "never"):
+            raise ConfigurationError(f"patches is {patches!r}; it is auto, always or never")
+        self._timeout = timeout
+        self._ledger_days = ledger_days
+        self._forced = None if strategy == "auto" else strategy
+        self._patches = patches
+        embedded = given.get("interface") == "chdb"
+        self._server = _Server({**given, **options}, embedded, statement_timeout)
+        self._tables: dict[str, Table] = {}
+        self._ledgers: set[str] = set()
+
+    def compile(self, step: Step) -> str:
+        """
+        The statements that ``apply()`` sends for the step, with what each strategy would cost.
+
+        It looks at the system tables, and writes nothing. A table or column that is missing is
+        taken to be a MergeTree's. ``apply()`` sends further statements: those that stage the rows,
+        and, where the ledger knows of later updates, the same for each shape of what these leave.
+
+        Raises:
+            SinkError: The server cannot be read.
+        """
+        with self._server.use():
+            found = self._find(step.table)
+            table = self._complete(found, step.shape)
+            statements = Statements(table, step, stage_of(f"{STAGE}1", step, table))
+            survey = self._survey(table) if found else _Survey((), 0, {})
+            partitions, every = _touched(table, step, survey)
+            work = self._work(table, step.shape)
+            bounds = [
+                f"{bound.column} in [{show_time(bound.lower)}, {show_time(bound.upper)})"
+                for bound in step.bounds
+            ]
+            said = [f"-- {' and '.join(bounds) or 'no bounds'}; {len(step.rows)} staged rows"]
+            try:
+                strategy = self._possible(table, work)
+            except TableError as error:
+                said.append(f"-- refused: {error}")
+                return "\n".join([statements.alter(None).render()[0], *said])
+            choice = choose(work, partitions, strategy)
+            sent = self._statements(statements, choice, every) or [statements.update(None)]
+            for estimate in choice.estimates:
+                said.append(
+                    f"-- {estimate.strategy}: not possible, {estimate.unavailable}"
+                    if estimate.unavailable
+                    else f"-- {estimate.strategy}: about {estimate.cpu_seconds:.1f} CPU seconds,"
+                    f" {estimate.bytes_written / 1e6:.1f} MB written"
+                )
+            rows = sum(partition.rows for partition in partitions)
+            matched = sum(partition.matched for partition in partitions)
+            chosen = ", ".join(
+                f"{name} in {len(choice.partitions(name))}"
+                for name in STRATEGIES
+                if choice.partitions(name)
+            )
+            said.append(
+                f"-- {chosen or 'nothing to do in'} of {len(partitions)} partitions with {rows:,}"
+                f" rows, of which about {matched:,.0f} change: {choice.reason}"
+            )
+            said += [f"-- {advice}" for advice in self._advice(table, step.shape)]
+        return "\n".join([*(f"{each.render()[0]};" for each in sent), *said])
+
+    def apply(self, plan: Plan) -> Applied:
+        """
+        Apply all steps, one after the other; see `recognition.sinks.Sink`.
+
+        There are no transactions: where it fails, some rows may be written. The error says so, and
+        applying the same plan again completes it.
+
+        Raises:
+            SinkUnavailableError: The server cannot be reached, another worker holds the lock,
+                somebody else mutates a table, or a limit was reached. A retry may help.
+            OutcomeUnknownError: The connection was lost while a statement ran.
+            SinkReadOnlyError: It may not be written; the text says the grants.
+            SinkError: It refused a statement.
+        """
+        if not plan.steps:
+            return Applied(rejected=plan.rejected)
+        with self._server.use():
+            refused: dict[str, RecognitionError] = {}
+            for step in plan.steps:
+                refused.update(self._check(step))
+            steps = []
+            for step in plan.steps:
+                rows = tuple(row for row in step.rows if row.update_id not in refused)
+                if rows:
+                    steps.append(replace(step, rows=rows))
+            done: list[AppliedStep] = []
+            matched: defaultdict[str, int] = defaultdict(int)
+            if steps:
+                tables = {table.parts: table for table in (self._tables[s.table] for s in steps)}
+                with self._window(list(tables.values())) as window:
+                    for step in steps:
+                        done += self._run(window, self._tables[step.table], step, matched)
+            rejected = (*plan.rejected, *sorted(refused.items(), key=lambda pair: pair[0]))
+            return Applied(
+                rows_matched=sum(step.rows_matched for step in done),
+                rows_changed=sum(step.rows_changed for step in done),
+                steps=tuple(done),
+                matched_by_update=dict(matched),
+                rejected=rejected,
+                statements=self._server.statements,
+            )
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._server.close()
+
+    # A step -------------------------------------------------------------------------------------
+
+    def _run(
+        self, window: _Window, table: Table, step: Step, matched: defaultdict[str, int]
+    ) -> list[AppliedStep]:
+        started = time.perf_counter()
+        parts: list[tuple[Step, frozenset[Spared]]] = [(step, frozenset())]
+        spared: dict[tuple[object, ...], list[str]] = {}
+        if not step.shape.versioned:
+            self._open_ledger(table)
+            later, spared = self._find_later(window, table, step)
+            if any(later):
+                parts = list(cut_and_spare(step, *later))
+        done = []
+        for part, notes in parts:
+            if part.shape.covers and not part.shape.versioned:
+                self._remember(table, part)
+            spares = tuple(sorted(notes, key=lambda note: note[1:]))
+            statements = Statements(table, part, window.stage(table, part, spares))
+            self._fill(statements, spared)
+            changed = self._change(window, statements)
+            rows = changed
+            expected = part.expected_rows
+            # Where the key itself was set, nothing is left to find the rows by.
+            if (expected is None or changed < expected) and part.shape.key not in part.shape.held:
+                rows = 0
+                for update_id, count in self._server.rows(statements.count_matches()):
+                    matched[update_id] += count
+                    rows += count
+                for row in part.rows:
+                    matched[row.update_id] += 0
+            done.append(
+                AppliedStep(
+                    table=step.table,
+                    rows_matched=rows,
+                    rows_changed=changed,
+                    seconds=time.perf_counter() - started,
+                )
+            )
+            started = time.perf_counter()
+        return done
+
+    def _fill(
+        self, statements: Statements, spared: Mapping[tuple[object, ...], Sequence[str]]
+    ) -> None:
+        for statement in statements.create_stage():
+            self._server.run(statement)
+        by_row = {
+            (row, note): spared.get((_row_key(row), note), ())
+            for row in statements.step.rows
+            for note in statements.stage.spares
+        }
+        self._server.insert(
+            statements.table.database,
+            statements.stage.rows,
+            statements.staged_columns(),
+            statements.staged_lists(by_row),
+        )
+        for statement in statements.fill_by_key():
+            self._server.run(statement)
+
+    def _change(self, window: _Window, statements: Statements) -> int:
+        """Send what the choice says; how many rows changed."""
+        table, step = statements.table, statements.step
+        work = self._work(table, step.shape)
+        forced = self._possible(table, work)
+        survey = self._survey(table)
+        if survey.unfinished:
+            self._wait_until_quiet(table)
+            survey = self._survey(table)
+        partitions, every = _touched(table, step, survey)
+        if not partitions:
+            return 0
+        choice = choose(work, partitions, forced)
+        changed = 0
+        if altered := choice.partitions(ALTER):
+            # What ALTER would change is counted first: a part that it finds nothing in is cloned
+            # all the same, and where few rows match the update may be cheaper after all.
+            counts = self._server.pairs(statements.count_changes(altered))
+            partitions = [
+                replace(partition, matched=float(counts.get(partition.id, 0)))
+                if partition.id in altered
+                else partition
+                for partition in partitions
+                if partition.id not in altered or partition.id in counts
+            ]
+            choice = choose(work, partitions, forced)
+            altered = choice.partitions(ALTER)
+            changed += sum(counts.get(partition, 0) for partition in altered)
+        if updated := choice.partitions(UPDATE):
+            whole = every and len(updated) == len(partitions)
+            self._mutate(window, table, statements.update(None if whole else updated))
+            after = self._survey(table).patch_parts
+            changed += sum(r for name, r in after.items() if name not in survey.patch_parts)
+        for first in range(0, len(altered), _COMMANDS):
+            some = altered[first : first + _COMMANDS]
+            self._mutate(window, table, statements.alter(some))
+        if choice.partitions(INSERT):
+            aside = window.name(table, "whole")
+            self._server.run(statements.create_whole(aside))
+            self._server.run(statements.select_whole(aside))
+            changed += self._count(table, aside)
+            if changed:
+                self._write(statements.insert_whole(aside))
+        for partition in choice.apply:
+            self._mutate(window, table, statements.apply_patches(partition))
+        return changed
+
+    def _statements(self, statements: Statements, choice: Choice, every: bool) -> list[Fragment]:
+        """What `_change` sends for a choice, as far as it is known before the run."""
+        sent = []
+        updated, altered = choice.partitions(UPDATE), choice.partitions(ALTER)
+        if updated:
+            whole = every and len(updated) == len(choice.by_partition)
+            sent.append(statements.update(None if whole else updated))
+        if altered:
+            sent.append(statements.alter(altered[:_COMMANDS]))
+        if choice.partitions(INSERT):
+            aside = Name(f"{STAGE}1_whole")
+            sent += [statements.select_whole(aside), statements.insert_whole(aside)]
+        return sent + [statements.apply_patches(partition) for partition in choice.apply]
+
+    def _count(self, table: Table, name: Name) -> int:
+        return int(self._server.rows(sql("SELECT count() FROM %", table.beside(name)))[0][0])
+
+    # Sending ------------------------------------------------------------------------------------
+
+    def _write(self, statement: Fragment, settings: Mapping[str, object] | None = None) -> None:
+        """Send what writes to the target; while a table is too crowded, again until the timeout."""
+        deadline = time.monotonic() + self._timeout
+        delay = 0.1
+        while True:
+            try:
+                self._server.run(statement, settings, writes=True)
+                return
+            except SinkError as error:
+                crowded = getattr(error.__cause__, "code", None) in _CROWDED
+                if not crowded or time.monotonic() + delay > deadline:
+                    raise
+            time.sleep(delay)
+            delay = min(2 * delay, 5.0)
+
+    def _mutate(self, window: _Window, table: Table, statement: Fragment) -> None:
+        """Send a mutation or lightweight update and wait for it; kill it where it fails."""
+        settings: dict[str, object] = {"mutations_sync": 2 if table.replicated else 1}
+        for name in ("enable_lightweight_update", "allow_experimental_lightweight_update"):
+            if self._server.settings.get(name) == "0":
+                settings[name] = 1
+        if table.replicated:
+            settings["allow_nondeterministic_mutations"] = 1
+        try:
+            self._write(statement, settings)
+        except SinkError as error:
+            for stuck in self._unfinished(table):
+                if window.id in stuck.command and stuck.failure:
+                    self._kill(table, stuck)
+                    raise SinkError(
+                        f"{error}; the mutation {stuck.id} of {window.id} failed"
+                        f" ({stuck.failure}) and was killed; parts that it had rewritten stay so,"
+                        " and applying the same again is safe",
+                        written=True,
+                    ) from error
+            raise
+
+    def _unfinished(self, table: Table) -> list[_Mutation]:
+        """https://clickhouse.com/docs/operations/system-tables/mutations"""
+        found = self._server.rows(
+            sql(
+                "SELECT mutation_id, command, latest_fail_reason FROM system.mutations"
+                " WHERE database = % AND table = % AND NOT is_done ORDER BY create_time",
+                Parameter("String", table.parts[0]),
+                Parameter("String", table.parts[1]),
+            )
+        )
+        return [_Mutation(id, command, _code_of(reason)) for id, command, reason in found]
+
+    def _kill(self, table: Table, mutation: _Mutation) -> None:
+        self._server.run(
+            sql(
+                "KILL MUTATION WHERE database = % AND table = % AND mutation_id = % SYNC",
+                Parameter("String", table.parts[0]),
+                Parameter("String", table.parts[1]),
+                Parameter("String", mutation.id),
+            )
+        )
+
+    def _wait_until_quiet(self, table: Table) -> None:
+        """
+        Until nobody mutates the table. What a worker of ours left is waited for or killed.
+
+        Raises:
+            SinkUnavailableError: Somebody else still does, after the timeout.
+        """
+        deadline = time.monotonic() + self._timeout
+        delay = 0.05
+        while unfinished := self._unfinished(table):
+            for mutation in unfinished:
+                if STAGE in mutation.command and mutation.failure:
+                    self._kill(table, mutation)
+            if time.monotonic() + delay > deadline:
+                first = unfinished[0]
+                why = f"; it has failed with {first.failure}" if first.failure else ""
+                whose = "a worker that is gone" if STAGE in first.command else "somebody else"
+                raise SinkUnavailableError(
+                    f"table {table.parts[1]!r} is being mutated by {whose}: {len(unfinished)}"
+                    f" mutations are not done, the first is {first.id}{why}. Nothing was written;"
+                    " look at system.mutations, and try again when it is done or was killed"
+                )
+            time.sleep(delay)
+            delay = min(2 * delay, 2.0)
+
+    # The window and its lock --------------------------------------------------------------------
+
+    @contextmanager
+    def _window(self, tables: Sequence[Table]) -> Iterator[_Window]:
+        """The locks of the tables, always in the same order; what is staged goes with them."""
+        tables = sorted(tables, key=lambda table: table.parts)
+        now, left = self._left([table.database for table in tables])
+        window = _Window(f"{now:08x}_{secrets.token_hex(4)}")
+        locks: list[Fragment] = []
+        _LIVE.add(window.id)
+        try:
+            for table in tables:
+                self._lock(table, window)
+                locks.append(table.beside(_lock_name(table)))
+            if left:
+                self._sweep(left, now)
+            yield window
+        finally:
+            try:
+                # A lock goes when all that is staged is gone.
+                if dropped := [*window.made(), *locks]:
+                    self._server.run(sql("DROP TABLE IF EXISTS % SYNC", join(", ", dropped)))
+            except SinkError:
+                if sys.exc_info()[0] is None:
+                    raise
+                # What was raised before says more, and whoever comes next cleans up.
+            finally:
+                _LIVE.discard(window.id)
+
+    def _lock(self, table: Table, window: _Window) -> None:
+        """
+        Take the table's lock: a table of a name that only one can have.
+
+        The name of its one column is the window's id, so that whoever waits sees who holds it.
+        """
+        name = _lock_name(table)
+        column = Name(f"w_{window.id}")
+        deadline = time.monotonic() + self._timeout
+        delay = 0.01
+        quiet_since, quiet = time.monotonic(), ""
+        while True:
+            try:
+                self._server.run(
+                    sql("CREATE TABLE % (% UInt8) ENGINE = Memory", table.beside(name), column)
+                )
+                return
+            except SinkError as error:
+                if getattr(error.__cause__, "code", None) != _EXISTS:
+                    raise
+            holder = self._holder(table, name)
+            if holder is not None:
+                if holder != quiet or self._acts(holder):
+                    quiet, quiet_since = holder, time.monotonic()
+                dead = self._server.embedded and holder not in _LIVE
+                if dead or time.monotonic() - quiet_since > _IDLE:
+                    self._break(table, name, holder)
+                    continue
+            if time.monotonic() + delay > deadline:
+                raise SinkUnavailableError(
+                    f"another worker is applying updates to table {table.parts[1]!r} (window"
+                    f" {holder}); nothing was written"
+                )
+            time.sleep(delay)
+            delay = min(2 * delay, 0.5)
+
+    def _holder(self, table: Table, name: Name) -> str | None:
+        found = self._server.rows(
+            sql(
+                "SELECT name FROM system.columns WHERE database = % AND table = %",
+                Parameter("String", table.parts[0]),
+                Parameter("String", name),
+            )
+        )
+        return str(found[0][0])[2:] if found else None
+
+    def _acts(self, holder: str) -> bool:
+        """Whether some query or mutation of the window runs; one that fails does not count."""
+        [[queries]] = self._server.rows(
+            sql(
+                "SELECT count() FROM system.processes WHERE position(query, %) > 0"
+                " AND position(query, 'system.processes') = 0",
+                Parameter("String", holder),
+            )
+        )
+        [[mutations]] = self._server.rows(
+            sql(
+                "SELECT count() FROM system.mutations WHERE NOT is_done"
+                " AND latest_fail_reason = '' AND position(command, %) > 0",
+                Parameter("String", holder),
+            )
+        )
+        return bool(queries or mutations)
+
+    def _break(self, table: Table, name: Name, holder: str) -> None:
+        """
+        Take the lock from a holder that is gone, and first what its statements need.
+
+        The name that the lock gets is the holder's alone, and stays: of several who find the same
+        dead holder one succeeds, and nobody takes away the lock of the one who comes next.
+        """
+        for mutation in self._unfinished(table):
+            if holder in mutation.command:
+                self._kill(table, mutation)
+        for database, staged in self._left([table.database])[1]:
+            if staged.startswith(f"{STAGE}{holder}_"):
+                dropped = sql("%.%", Name(database), Name(staged))
+                self._server.run(sql("DROP TABLE IF EXISTS % SYNC", dropped))
+        broken = table.beside(Name(f"{_BROKEN}{holder}"))
+        try:
+            self._server.run(sql("RENAME TABLE % TO %", table.beside(name), broken))
+        except SinkError as error:
+            if getattr(error.__cause__, "code", None) not in (_EXISTS, _NO_TABLE):
+                raise
+
+    def _left(self, databases: Sequence[Name]) -> tuple[int, list[tuple[str, str]]]:
+        """The server's time, and what windows have made and not dropped yet: database and name."""
+        [[now, names]] = self._server.rows(
+            sql(
+                "SELECT toUnixTimestamp(now()), groupArray((database, name)) FROM system.tables"
+                " WHERE has(%, database) AND (startsWith(name, 'recognition_stage_') OR"
+                " startsWith(name, 'recognition_broken_'))",
+                Parameter("Array(String)", [str(name) for name in databases]),
+            )
+        )
+        return int(now), [(str(database), str(name)) for database, name in names]
+
+    def _sweep(self, left: Sequence[tuple[str, str]], now: int) -> None:
+        """
+        Drop what windows have left that hold no lock any more.
+
+        What is staged was listed before the locks are: a window that is at work had its lock then,
+        and a window that has none now was done, or was found dead.
+        """
+        locks = self._server.rows(
+            sql(
+                "SELECT name FROM system.columns WHERE has(%, database)"
+                " AND startsWith(table, 'recognition_lock_')",
+                Parameter("Array(String)", sorted({database for database, _ in left})),
+            )
+        )
+        live = {str(column)[2:] for (column,) in locks}
+        for database, name in left:
+            found = _MADE.match(name)
+            if found is None or found[2] in live:
+                continue
+            old = now - int(found[2][:8], 16) > _ORPHAN
+            if old or found[1] == STAGE:
+                dropped = sql("%.%", Name(database), Name(name))
+                self._server.run(sql("DROP TABLE IF EXISTS % SYNC", dropped))
+
+    # The ledger ---------------------------------------------------------------------------------
+
+    def _open_ledger(self, table: Table) -> None:
+        """
+        Make the ledger, where there is none.
+
+        The same note may be in it twice, until a merge; that does not change what it says.
+        """
+        if table.database in self._ledgers:
+            return
+        columns = [sql("% %", Name(name), sql_type(kind)) for name, kind in _LEDGER_COLUMNS]
+        self._server.run(
+            sql(
+                "CREATE TABLE IF NOT EXISTS % (%) ENGINE = ReplacingMergeTree ORDER BY (%)"
+                " TTL applied_at + toIntervalDay(%)",
+                table.beside(LEDGER),
+                join(", ", columns),
+                join(", ", [sql("%", Name(name)) for name, _ in _LEDGER_COLUMNS[:-1]]),
+                Fragment((str(int(self._ledger_days)),)),
+            )
+        )
+        self._ledgers.add(table.database)
+
+    def _find_later(
+        self, window: _Window, table: Table, step: Step
+    ) -> tuple[Later, dict[tuple[object, ...], list[str]]]:
+        """What later updates took of the step's rows, and the messages that are to be spared."""
+        noted = Parameter("String", table.parts[1])
+        key = Parameter("String", table.column(step.shape.key).name)
+        [[last]] = self._server.rows(
+            sql(
+                "SELECT max(sequence) FROM % WHERE table_name = % AND key_column = %",
+                table.beside(LEDGER),
+                noted,
+                key,
+            )
+        )
+        if last < min(row.sequence for row in step.rows):
+            return Later({}, {}), {}
+        name = window.name(table, "keys")
+        columns = [
+            ("position", "UInt32"),
+            ("sequence", "Int64"),
+            ("update_id", "String"),
+            ("workspace", "String"),
+            ("key_value", "String"),
+        ]
+        self._server.run(
+            sql(
+                "CREATE TABLE % (%) ENGINE = Memory",
+                table.beside(name),
+                join(", ", [sql("% %", Name(column), sql_type(kind)) for column, kind in columns]),
+            )
+        )
+        self._server.insert(
+            table.database,
+            name,
+            columns,
+            [
+                list(range(len(step.rows))),
+                [row.sequence for row in step.rows],
+                [row.update_id for row in step.rows],
+                [row.workspace for row in step.rows],
+                _key_texts(table, step),
+            ],
+        )
+        found = self._server.rows(
+            sql(
+                "SELECT DISTINCT staged.position, ledger.sequence, ledger.update_id,"
+                " ledger.columns, ledger.empty, ledger.message_column, ledger.message_id,"
+                " ledger.extras, ledger.time_column, ledger.starts, ledger.ends"
+                " FROM % AS ledger INNER JOIN % AS staged"
+                " ON ledger.key_value = staged.key_value AND ledger.workspace = staged.workspace"
+                " WHERE ledger.table_name = % AND ledger.key_column = %"
+                " AND ledger.sequence >= staged.sequence AND ledger.update_id != staged.update_id"
+                " ORDER BY 1, 2, 3, 10",
+                table.beside(LEDGER),
+                table.beside(name),
+                noted,
+                key,
+            )
+        )
+        notes = [
+            _Note(*line)._replace(
+                starts=None if line[-2] == FLOOR else line[-2],
+                ends=None if line[-1] == CEILING else line[-1],
+            )
+            for line in found
+        ]
+        later = later_of(step, table, notes)
+        spared: defaultdict[tuple[object, ...], list[str]] = defaultdict(list)
+        for note in notes:
+            for among in later.spared.get(note.position, ()):
+                row = step.rows[note.position]
+                same = (note.columns, note.message_column, note.extras) == among[1:]
+                if same and (note.sequence, note.update_id) > (row.sequence, row.update_id):
+                    spared[_row_key(row), among].append(note.message_id)
+        return later, dict(spared)
+
+    def _remember(self, table: Table, step: Step) -> None:
+        """Note what the step's updates take."""
+        shape = step.shape
+        message_column, message_ids = "", [""] * len(step.rows)
+        if shape.messages is not None and not shape.speaks_for_interval:
+            place = shape.equals.index(shape.messages[0])
+            if place > 0:
+                column = table.column(shape.messages[0])
+                message_column = column.name
+                message_ids = [_key_text(column, row.equals[place]) for row in step.rows]
+        now = int(time.time())
+        common = (table.parts[1], table.column(shape.key).name)
+        set_columns, empty = joined(shape.columns, table), joined(shape.empty, table)
+        time_column = table.column(shape.times[0]).name if shape.times else ""
+        lines = []
+        for row, key, message_id, extras in zip(
+            step.rows, _key_texts(table, step), message_ids, note_extras(step, table), strict=True
+        ):
+            if extras is None:
+                continue
+            start, end = row.intervals[0] if shape.times else (None, None)
+            lines.append(
+                (
+                    *common,
+                    key,
+                    row.workspace,
+                    row.sequence,
+                    row.update_id,
+                    message_column,
+                    message_id,
+                    extras,
+                    set_columns,
+                    empty,
+                    time_column,
+                    FLOOR if start is None else start,
+                    CEILING if end is None else end,
+                    now,
+                )
+            )
+        self._server.insert(
+            table.database,
+            Name(LEDGER),
+            _LEDGER_COLUMNS,
+            [list(each) for each in zip(*lines, strict=True)],
+        )
+
+    # Looking at tables --------------------------------------------------------------------------
+
+    def _check(self, step: Step) -> dict[str, TableError]:
+        """The updates of the step that this table cannot take, each with the reason."""
+        known = step.table in self._tables
+        refused = self._check_against(self._find(step.table), step)
+        if refused and known:
+            # The table may have been mended since it was looked at.
+            self._tables.pop(step.table, None)
+            refused = self._check_against(self._find(step.table), step)
+        return refused
+
+    def _check_against(self, table: Table | None, step: Step) -> dict[str, TableError]:
+        try:
+            if table is None:
+                raise TableError(self._missing(step.table))
+            self._refuse_shape(table, step)
+            self._possible(table, self._work(table, step.shape))
+        except TableError as error:
+            whole = TableError(f"{error}; nothing of these updates was written")
+            return {row.update_id: whole for row in step.rows}
+        refused: dict[str, TableError] = {}
+        checks = [(name, 0, place) for place, name in enumerate(step.shape.equals)]
+        checks += [(name, 1, place) for place, name in enumerate(step.shape.columns)]
+        for name, is_set, place in checks:
+            column = table.column(name)
+            values = [(row.values if is_set else row.equals)[place] for row in step.rows]
+            if column.kind == "text" and {*map(type, values)} == {str}:
+                continue
+            for row, value in zip(step.rows, values, strict=True):
+                reason = None if value is None else _refuse(table, column, value, bool(is_set))
+                if reason is not None:
+                    refused[row.update_id] = ValueRefusedError(
+                        f"table {step.table!r}, column {column.name!r}: {reason}; "
+                        "nothing of this update was written"
+                    )
+        return refused
+
+    def _missing(self, table: str) -> str:
+        found = self._server.rows(
+            sql(
+                "SELECT name FROM system.tables WHERE database = currentDatabase()"
+                " AND NOT startsWith(name, 'recognition_')"
+            )
+        )
+        names = [str(name) for (name,) in found]
+        near = get_close_matches(table.lower(), [name.lower() for name in names], n=3, cutoff=0.5)
+        shown = ", ".join(sorted(name for name in names if name.lower() in near))
+        hint = f"the nearest names are: {shown}" if near else f"it has {len(names)} others"
+        return f"the database has no table {table!r}; {hint}"
+
+    def _refuse_shape(self, table: Table, step: Step) -> None:
+        shape = step.shape
+        where = f"table {step.table!r}"
+        if table.refused:
+            raise TableError(f"{where}: {table.refused}")
+        if not PLAIN.fullmatch(table.database):
+            raise TableError(
+                f"{where}: joinGet cannot name a table of the database {table.database!r}; its"
+                " name needs to be of letters, digits and _"
+            )
+        for name in names_of(shape):
+            if several := table.ambiguous.get(name.lower()):
+                raise TableError(
+                    f"{where}, column {name!r}: there is {several}; which is meant cannot be told"
+                )
+        missing = lacking_of(table, step)
+        if missing:
+            commands = "; ".join(
+                f"ALTER TABLE {'.'.join(map(quote, table.parts))} ADD COLUMN {quote(name)}"
+                f" {_wanted_type(shape, name)}"
+                for name in missing
+            )
+            shown = ", ".join(repr(name) for name in missing)
+            raise TableError(f"{where} has no column {shown}; add it with: {commands}")
+        if len({table.column(name).name for name in shape.columns}) < len(shape.columns):
+            raise TableError(f"{where}: two names of the update mean one column")
+        for name in names_of(shape):
+            column = table.column(name)
+            if name in shape.columns and column.generated:
+                raise TableError(f"{where}, column {name!r}: it is computed and cannot be set")
+            if column.kind == "other" and (name in shape.columns or name in shape.equals):
+                raise TableError(
+                    f"{where}, column {name!r}: it is {column.declared}, which an update cannot"
+                    " hold; keep what identifies a visitor in columns of their own"
+                )
+        for name in (*shape.times, *(shape.messages or ())[1:]):
+            column = table.column(name)
+            if column.kind != "time":
+                raise TableError(
+                    f"{where}, column {name!r}: it is {column.declared} and no time; make it"
+                    " DateTime64(6, 'UTC')"
+                )
+
+    def _find(self, name: str) -> Table | None:
+        """The table or view of this name, in any case, or ``None``."""
+        if name in self._tables:
+            return self._tables[name]
+        parts = name.split(".")
+        database = sql("currentDatabase()")
+        if len(parts) > 1:
+            database = sql("%", Parameter("String", parts[0]))
+        found = self._server.rows(
+            sql(
+                "SELECT database, name, engine, engine_full, sorting_key, dependencies_table"
+                " FROM system.tables WHERE database = % AND lower(name) = lower(%)"
+                " ORDER BY name != %, name",
+                database,
+                Parameter("String", parts[-1]),
+                Parameter("String", parts[-1]),
+            )
+        )
+        if not found or len(parts) > 2:
+            return None
+        database_name, table_name, engine, full, sorting, views = found[0]
+        where = (Parameter("String", database_name), Parameter("String", table_name))
+        columns: dict[str, Column] = {}
+        ambiguous: dict[str, str] = {}
+        types: dict[str, str] = {}
+        keys, partitioned_by, writable, sizes = set(), set(), [], {}
+        for (
+            column_name,
+            declared,
+            default_kind,
+            in_sorting,
+            in_partition,
+            size,
+        ) in self._server.rows(
+            sql(
+                "SELECT name, type, default_kind, is_in_sorting_key OR is_in_primary_key,"
+                " is_in_partition_key, data_compressed_bytes FROM system.columns"
+                " WHERE database = % AND table = % ORDER BY position",
+                *where,
+            )
+        ):
+            column, bare = read_column(column_name, declared, default_kind)
+            lower = column_name.lower()
+            if lower in columns:
+                ambiguous[lower] = f"{columns[lower].name!r} and {column_name!r}"
+            columns[lower] = column
+            types[column_name] = bare
+            sizes[column_name] = int(size)
+            if in_sorting:
+                keys.add(column_name)
+            if in_partition:
+                partitioned_by.add(column_name)
+            if not column.generated:
+                writable.append(column_name)
+        projections = self._server.pairs(
+            sql(
+                "SELECT name, query FROM system.projections WHERE database = % AND table = %",
+                *where,
+            )
+        )
+        arguments = _ARGUMENTS.match(full)
+        listed = [each.strip() for each in arguments[1].split(",")] if arguments else []
+        listed = [each for each in listed if each and not each.startswith("'")]
+        settings = full.partition(" SETTINGS ")[2]
+        table = Table(
+            parts=(database_name, table_name),
+            columns=columns,
+            ambiguous=ambiguous,
+            engine=engine,
+            arguments=tuple(listed),
+            settings={key: value.strip("'") for key, value in _SETTING.findall(settings)},
+            types=types,
+            keys=frozenset(keys | partitioned_by | {each for each in listed[:1] if each in types}),
+            partitioned_by=frozenset(partitioned_by),
+            sorting=sorting,
+            writable=tuple(writable),
+            column_bytes=sizes,
+            views=tuple(views),
+            projections=projections,
+            refused=_refuse_engine(engine, full),
+        )
+        self._tables[name] = table
+        return table
+
+    def _complete(self, table: Table | None, shape: Shape) -> Table:
+        """The table with what it lacks for the shape, as a MergeTree would have it."""
+        if table is None:
+            parts = tuple(shape.table.split("."))
+            whole = parts if len(parts) > 1 else (self._server.database(), *parts)
+            table = Table(parts=whole, columns={})
+        columns, types = dict(table.columns), dict(table.types)
+        for name in names_of(shape):
+            if name.lower() not in columns:
+                columns[name.lower()], types[name] = read_column(
+                    name, _wanted_type(shape, name), ""
+                )
+        return replace(table, columns=columns, types=types)
+
+    def _survey(self, table: Table) -> _Survey:
+        """
+        What the system tables say of the parts and mutations of a table now.
+
+        https://clickhouse.com/docs/operations/system-tables/parts and ../mutations
+        """
+        where = (Parameter("String", table.parts[0]), Parameter("String", table.parts[1]))
+        found = self._server.rows(
+            sql(
+                "SELECT if(patch, substring(partition_id, 40), partition_id) AS id,"
+                " sumIf(rows, active AND NOT patch),"
+                " sumIf(data_compressed_bytes, active AND NOT patch),"
+                " sumIf(rows, active AND patch), countIf(active AND patch),"
+                " minIf(toUnixTimestamp(min_time), active AND NOT patch),"
+                " maxIf(toUnixTimestamp(max_time), active AND NOT patch),"
+                " minIf(toInt32(toUInt16(min_date)), active AND NOT patch),"
+                " maxIf(toInt32(toUInt16(max_date)), active AND NOT patch),"
+                " dateDiff('second', maxIf(modification_time, NOT patch), now()),"
+                " groupArrayIf((name, rows), patch AND level = 0),"
+                " (SELECT count() FROM system.mutations WHERE database = % AND table = %"
+                " AND NOT is_done)"
+                " FROM (SELECT *, startsWith(name, 'patch-') AS patch FROM system.parts"
+                " WHERE database = % AND table = %)"
+                " GROUP BY id HAVING countIf(active AND NOT patch) > 0 ORDER BY id",
+                *where,
+                *where,
+            )
+        )
+        patches = {str(name): int(rows) for line in found for name, rows in line[10]}
+        return _Survey(found, found[0][11] if found else 0, patches)
+
+    def _work(self, table: Table, shape: Shape) -> Work:
+        """What the table lets the strategies do with this shape."""
+        defaults = self._server.table_settings
+        unavailable: dict[str, str] = {}
+        names = [table.column(name).name for name in shape.columns if name.lower() in table.columns]
+        in_key = sorted({*names} & table.keys)
+        if in_key:
+            for strategy in (UPDATE, ALTER, INSERT):
+                unavailable[strategy] = (
+                    f"{', '.join(map(repr, in_key))} is in a key of the table or its version"
+                )
+        version = self._server.version
+        if version < _FIRST_WITH_UPDATE:
+            unavailable.setdefault(
+                UPDATE, f"the server is {'.'.join(map(str, version))}; it is there from 25.7 on"
+            )
+        needed = ("enable_block_number_column", "enable_block_offset_column")
+        if not all(table.enabled(setting, defaults) for setting in needed):
+            unavailable.setdefault(
+                UPDATE,
+                "the table does not number its rows; run: ALTER TABLE "
+                f"{'.'.join(map(quote, table.parts))} MODIFY SETTING "
+                + ", ".join(f"{setting} = 1" for setting in needed),
+            )
+        if table.replicated:
+            unavailable.setdefault(
+                ALTER, "each replica would look up its own copy of the staged rows"
+            )
+        if not table.replacing:
+            unavailable.setdefault(INSERT, "only a ReplacingMergeTree replaces rows by later ones")
+        elif table.views:
+            unavailable.setdefault(INSERT, "a materialized view would take the rows a second time")
+        unavailable.setdefault(REKEY, "no column of a key is set")
+        preferred = None
+        if table.replacing and table.arguments:
+            preferred = (
+                INSERT,
+                "a row that is delivered again would undo an update in place, a higher version"
+                " stays",
+            )
+        total = sum(table.column_bytes.values()) or 1
+        sizes = table.column_bytes
+        return Work(
+            columns=len(shape.columns),
+            column_share=sum(sizes.get(name, 0) for name in names) / total,
+            key_share=sum(sizes.get(name, 0) for name in table.keys) / total,
+            unavailable=unavailable,
+            preferred=preferred,
+            applies=self._patches,
+            v2=table.settings.get("patch_parts_version", defaults.get("patch_parts_version", "v1"))
+            == "v2",
+        )
+
+    def _possible(self, table: Table, work: Work) -> str | None:
+        """
+        The strategy that is forced, if any.
+
+        Raises:
+            TableError: The table cannot have it, or none at all; the text says which it can have.
+        """
+        possible = [name for name in STRATEGIES if name not in work.unavailable]
+        if self._forced is not None and self._forced in work.unavailable:
+            others = f"possible: {', '.join(possible)}" if possible else "and no other is possible"
+            raise TableError(
+                f"table {table.parts[1]!r}: strategy {self._forced} is not possible, because"
+                f" {work.unavailable[self._forced]} ({others})"
+            )
+        if not possible:
+            reasons = "; ".join(f"{name}: {why}" for name, why in work.unavailable.items())
+            raise TableError(
+                f"table {table.parts[1]!r}: no strategy is possible ({reasons}). Set a column that"
+                " is in no key: with --target-column, or by a table whose ORDER BY and PARTITION BY"
+                " do not name it"
+            )
+        return self._forced
+
+    def _advice(self, table: Table, shape: Shape) -> Iterator[str]:
+        """What the table's owner should know; for whoever reads a plan."""
+        names = {table.column(name).name for name in shape.columns}
+        if table.views:
+            yield f"{len(table.views)} materialized views will not see the change"
+        for name, query in table.projections.items():
+            if any(re.search(rf"\b{re.escape(column)}\b", query) for column in names):
+                yield f"projection {name} holds a column that is set, and is rewritten with it"
+        work = self._work(table, shape)
+        if work.v2 and work.key_share > 0.2 and UPDATE not in work.unavailable:
+            yield (
+                "patch_parts_version is v2: until patches are applied, readers also read the"
+                f" sorting key, {work.key_share:.0%} of the table; ALTER TABLE .. MODIFY SETTING"
+                " patch_parts_version = 'v1' spares it"
+            )
+
+
+_LEDGER_COLUMNS: Sequence[tuple[str, str]] = (
+    ("table_name", "String"),
+    ("key_column", "String"),
+    ("key_value", "String"),
+    ("workspace", "String"),
+    ("sequence", "Int64"),
+    ("update_id", "String"),
+    ("message_column", "String"),  # '': not one message alone was meant
+    ("message_id", "String"),
+    ("extras", "String"),  # JSON: [column, value] that must be equal too
+    ("columns", "String"),  # what was set: sorted, joined by commas
+    ("empty", "String"),  # what had to be empty: the same
+    ("time_column", "String"),  # '': all rows of the key were meant
+    ("starts", "Int64"),  # microseconds since 1970-01-01 UTC; the least: unbounded
+    ("ends", "Int64"),  # the greatest: unbounded
+    ("applied_at", "DateTime('UTC')"),
+)
+
+
+class _Note(NamedTuple):
+    """A line of the ledger, with the place of the row of the step that it bears on."""
+
+    position: int
+    sequence: int
+    update_id: str
+    columns: str
+    empty: str
+    message_column: str
+    message_id: str
+    extras: str
+    time_column: str
+    starts: int | None
+    ends: int | None
+
+
+class _Survey(NamedTuple):
+    """
+    A table's parts and mutations.
+
+    Args:
+        partitions: What `_touched` reads of each.
+        unfinished: How many mutations are not done.
+        patch_parts: The rows of each patch part as it was written, merged or not, by its name.
+    """
+
+    partitions: Sequence[Sequence[Any]]
+    unfinished: int
+    patch_parts: Mapping[str, int]
+
+
+class _Mutation(NamedTuple):
+    """One that is not done; what it has failed with, if it has, without the server's own text."""
+
+    id: str
+    command: str
+    failure: str
+
+
+#: The windows that are at work in this process: with the embedded engine there are no others.
+_LIVE: set[str] = set()
+
+
+class _Window:
+    """What is staged for one call of `apply`, all of it named after the window."""
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+        self._made: list[Fragment] = []
+        self._count = 0
+
+    def name(self, table: Table, what: str) -> Name:
+        """
+        A name for something that is made next, beside the table.
+
+        It is dropped with the window at the latest.
+        """
+        self._count += 1
+        name = Name(f"{STAGE}{self.id}_{self._count}_{what}")
+        self._made.append(table.beside(name))
+        return name
+
+    def stage(self, table: Table, step: Step, spares: tuple[Spared, ...]) -> Stage:
+        """The names of a step's stage."""
+        self._count += 1
+        stage = stage_of(f"{STAGE}{self.id}_{self._count}", step, table, spares)
+        self._made += [table.beside(name) for name in dict.fromkeys((stage.by_key, stage.rows))]
+        return stage
+
+    def made(self) -> list[Fragment]:
+        """All that was named, whether it was made or not."""
+        return self._made
+
+
+class _Server:
+    """The connection: it sends statements, counts them, and says errors in our words."""
+
+    def __init__(
+        self, options: Mapping[str, object], embedded: bool, statement_timeout: float
+    ) -> None:
+        self.embedded = embedded
+        self.statements = 0
+        self._options = dict(options)
+        if not embedded:
+            self._options.setdefault("send_receive_timeout", statement_timeout)
+            # A session of HTTP has one query at a time, and nothing here needs one.
+            self._options.setdefault("autogenerate_session_id", False)
+        self._client: Client | None = None
+        self._lock = threading.Lock()
+        self._wrote = False
+        self.version: tuple[int, int] = (0, 0)
+        #: What the session has set, of what matters here.
+        self.settings: Mapping[str, str] = {}
+        #: What a table has that sets nothing itself.
+        self.table_settings: Mapping[str, str] = {}
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """One at a time; counts begin anew."""
+        with self._lock:
+            self.statements = 0
+            self._wrote = False
+            if self._client is None:
+                self._connect()
+            yield
+
+    def _connect(self) -> None:
+        try:
+            self._client = clickhouse_connect.get_client(**cast(Any, self._options))
+        except ClickHouseError as exc:
+            raise self._translate(exc, False) from exc
+        major, minor = str(self._client.server_version).split(".")[:2]
+        self.version = int(major), int(minor)
+        self.settings = self.pairs(
+            sql(
+                "SELECT name, value FROM system.settings WHERE name IN"
+                " ('enable_lightweight_update', 'allow_experimental_lightweight_update')"
+            )
+        )
+        self.table_settings = self.pairs(
+            sql(
+                "SELECT name, value FROM system.merge_tree_settings WHERE name IN"
+                " ('enable_block_number_column', 'enable_block_offset_column',"
+                " 'patch_parts_version')"
+            )
+        )
+
+    def database(self) -> str:
+        """The one that a table without a database is in."""
+        [[name]] = self.rows(sql("SELECT currentDatabase()"))
+        return str(name)
+
+    def run(
+        self,
+        statement: Fragment,
+        settings: Mapping[str, object] | None = None,
+        *,
+        writes: bool = False,
+    ) -> None:
+        """Send a statement that has no result."""
+        text, parameters = statement.render()
+        assert self._client is not None
+        self.statements += 1
+        try:
+            self._client.command(
+                text, parameters=parameters or None, settings=cast(Any, dict(settings or {}))
+            )
+        except ClickHouseError as exc:
+            raise self._translate(exc, writes) from exc
+        self._wrote = self._wrote or writes
+
+    def rows(self, statement: Fragment) -> Sequence[Sequence[Any]]:
+        """The rows of a query."""
+        text, parameters = statement.render()
+        assert self._client is not None
+        self.statements += 1
+        try:
+            return self._client.query(text, parameters=parameters or None).result_rows
+        except ClickHouseError as exc:
+            raise self._translate(exc, False) from exc
+
+    def pairs(self, statement: Fragment) -> dict[str, Any]:
+        """The rows of a query with two columns, the second by the first."""
+        return {str(key): value for key, value in self.rows(statement)}
+
+    def insert(
+        self,
+        database: Name,
+        table: Name,
+        columns: Sequence[tuple[str, str]],
+        lists: Sequence[Sequence[Any]],
+    ) -> None:
+        """Insert rows in bulk, given as one list for each column."""
+        assert self._client is not None
+        self.statements += 1
+        try:
+            self._client.insert(
+                table=table,
+                database=database,
+                data=cast(Any, list(lists)),
+                column_names=[name for name, _ in columns],
+                column_type_names=[kind for _, kind in columns],
+                column_oriented=True,
+            )
+        except ClickHouseError as exc:
+            raise self._translate(exc, False) from exc
+
+    def close(self) -> None:
+        """Close the connection; the next use opens another."""
+        with self._lock:
+            if self._client is not None:
+                self._client.close()
+                self._client = None
+
+    def _translate(self, error: ClickHouseError, writes: bool) -> SinkError:
+        """The most specific error of ours; the server's text may hold values and is left out."""
+        code = getattr(error, "code", None)
+        if code is None:
+            if writes:
+                return OutcomeUnknownError(
+                    "the connection was lost while a statement ran; its rows were written, will"
+                    " be, or not; applying the same again is safe"
+                )
+            return self._finished(
+                SinkUnavailableError(
+                    "the embedded engine could not be opened; one process can have a directory,"
+                    " and a process one directory"
+                    if self.embedded
+                    else "the ClickHouse server cannot be reached, or the connection was lost"
+                )
+            )
+        kind, said = _SAID.get(code, (SinkError, "ClickHouse refused a statement"))
+        name = getattr(error, "name", None)
+        found = kind(f"{said} (ClickHouse's error {code}{f', {name}' if name else ''})")
+        if writes and code not in _BEFORE_WRITING:
+            found.written = None
+            return found
+        return self._finished(found)
+
+    def _finished(self, error: SinkError) -> SinkError:
+        error.written = True if self._wrote else error.written
+        return error
+
+
+# What the server finds before a statement writes anything.
+_BEFORE_WRITING = {16, 36, 43, 47, 48, 53, 57, 60, 62, 81, 164, 242, 252, 344, 420, 497, 692}
+
+
+def _read_url(url: str) -> dict[str, Any]:
+    """What a URL says, as arguments of ours and of clickhouse-connect."""
+    parts = urlsplit(url)
+    given: dict[str, Any] = dict(parse_qsl(parts.query))
+    if parts.scheme == "chdb":
+        path = unquote(f"{parts.netloc}{parts.path}")
+        if not path:
+            raise ConfigurationError("the URL names no directory; it is chdb:///path")
+        return {"interface": "chdb", "path": path, **given}
+    try:
+        port = parts.port
+    except ValueError:
+        raise ConfigurationError("the URL's port is no number") from None
+    if parts.hostname is None:
+        raise ConfigurationError(
+            "the URL names no host; it is clickhouse://user:password@host:port/database"
+        )
+    if port is not None:
+        given["port"] = port
+    if parts.username is not None:
+        given["username"] = unquote(parts.username)
+    if parts.password is not None:
+        given["password"] = unquote(parts.password)
+    if database := unquote(parts.path.strip("/")):
+        given["database"] = database
+    secure = given.pop("secure", "false").lower() in ("true", "1")
+    return {"interface": "https" if secure else "http", "host": parts.hostname, **given}
+
+
+def _refuse_engine(engine: str, full: str) -> str:
+    """Why nothing in a table of this engine can be set, or ``""``."""
+    if engine.endswith("View"):
+        return "it is a view; updates need the table under it"
+    if engine == "Distributed":
+        named = re.match(r"Distributed\('([^']*)', '([^']*)', '([^']*)'", full)
+        local = f"{named[2]}.{named[3]}" if named else "its local table"
+        cluster = f" of cluster {named[1]!r}" if named else ""
+        return (
+            f"it is Distributed and holds no rows; open a sink on one host of each shard{cluster}"
+            f" and name {local!r} there"
+        )
+    if not engine.endswith("MergeTree"):
+        return f"its engine is {engine}; only tables of the MergeTree family can be updated"
+    return ""
+
+
+def _wanted_type(shape: Shape, name: str) -> str:
+    """As what a column that is missing should be made."""
+    if name in shape.times or name in (shape.messages or ())[1:]:
+        return "DateTime64(6, 'UTC')"
+    return "Nullable(Int64)" if name == VERSION_COLUMN else "Nullable(String)"
+
+
+def _refuse(table: Table, column: Column, value: Value, is_set: bool) -> str | None:
+    """Why a column cannot hold a value, or ``None``; the value itself is not shown."""
+    if is_set and column.kind == "text":
+        value = to_text(cast(str, value))
+    reason = refuse_value(column, value, _HOLDS)
+    if reason is None and column.kind == "time":
+        first, last = cast(tuple[int, int], time_range(table.types[column.name]))
+        if not first <= cast(int, time_or_none(value)) < last:
+            return f"a time out of its range was found; it is {column.declared}"
+    return reason
+
+
+def _row_key(row: StagedRow) -> tuple[object, ...]:
+    """By what a row is known again after a part of it was cut away."""
+    return (row.update_id, row.equals)
+
+
+def _key_texts(table: Table, step: Step) -> list[str]:
+    """The keys as the ledger has them."""
+    column = table.column(step.shape.key)
+    return [_key_text(column, row.equals[0]) for row in step.rows]
+
+
+def _key_text(column: Column, value: Value) -> str:
+    [staged] = stage_values(column, [value])
+    return staged if isinstance(staged, str) else to_text(staged)
+
+
+def _lock_name(table: Table) -> Name:
+    """One for each table; what the lock is called when it is broken follows from its holder."""
+    content = "\0".join(table.parts)
+    return Name(f"{_LOCK}{blake2b(content.encode(), digest_size=8).hexdigest()}")
+
+
+def _code_of(reason: str) -> str:
+    """The code and the name of an error, out of a text that may hold values."""
+    code, name = re.search(r"Code: (\d+)", reason), re.search(r"\(([A-Z][A-Z0-9_]+)\)", reason)
+    return " ".join(found[1] for found in (code, name) if found) or ("an error" if reason else "")
+
+
+def _touched(table: Table, step: Step, survey: _Survey) -> tuple[list[Partition], bool]:
+    """
+    The partitions that the step's times may lie in, and whether these are all.
+
+    What is expected to change is spread over the partitions that each row's interval meets.
+    """
+    lines = survey.partitions
+    shares = _spread(step, [_span(table, step, line) for line in lines])
+    partitions = [
+        Partition(
+            id=line[0],
+            rows=line[1],
+            bytes=line[2],
+            matched=share,
+            patched=line[3],
+            patch_parts=line[4],
+            cold=line[9] > _COLD,
+        )
+        for line, share in zip(lines, shares, strict=True)
+        if share is not None
+    ]
+    return partitions, len(partitions) == len(lines)
+
+
+def _span(table: Table, step: Step, line: Sequence[Any]) -> tuple[int, int] | None:
+    """
+    Between which times the rows of a partition lie, in microseconds, as far as that is known.
+
+    ``system.parts`` says it of the one column of the partition key that is a time.
+    """
+    times = [name for name in table.partitioned_by if table.columns[name.lower()].kind == "time"]
+    bounded = {table.column(bound.column).name for bound in step.bounds}
+    if len(times) != 1 or times[0] not in bounded or table.column(times[0]).nullable:
+        return None
+    first_time, last_time, first_day, last_day = line[5:9]
+    if table.types[times[0]].startswith("DateTime"):
+        return (first_time * SECOND, (last_time + 1) * SECOND)
+    if table.types[times[0]] == "Date":
+        return (first_day * DAY, (last_day + 1) * DAY)
+    return None
+
+
+def _spread(step: Step, spans: Sequence[tuple[int, int] | None]) -> list[float | None]:
+    """How many rows of each partition may change; ``None``: no row's interval meets it."""
+    shape = step.shape
+    expected = step.expected_rows
+    each = _UNKNOWN_ROWS if expected is None else expected / len(step.rows)
+    if shape.messages is not None:
+        each = min(each, 1.0)
+    if None in spans:
+        return [each * len(step.rows) / len(spans)] * len(spans)
+    known = cast(Sequence[tuple[int, int]], spans)
+    shares = [0.0] * len(known)
+    met = [False] * len(known)
+    for row in step.rows:
+        start, end = _reach(shape, row)
+        places = [n for n, (first, last) in enumerate(known) if first < end and start < last]
+        for place in places:
+            met[place] = True
+            shares[place] += each / len(places)
+    return [share if there else None for share, there in zip(shares, met, strict=True)]
+
+
+def _reach(shape: Shape, row: StagedRow) -> tuple[float, float]:
+    """The times that a row may be about."""
+    start, end = -inf, inf
+    if row.message_time is not None:
+        start = row.message_time // SECOND * SECOND
+        end = start + SECOND
+    for lower, upper in row.intervals:
+        start = max(start, -inf if lower is None else lower)
+        end = min(end, inf if upper is None else upper)
+    return start, end
