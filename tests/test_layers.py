@@ -29,6 +29,7 @@ STAGES: dict[str, set[str]] = {
     "planner": {"errors", "messages"},
     "sinks": {"errors", "events", "messages", "planner"},
     "delivery": _WAY_IN | _WAY_OUT,
+    "bulker": _WAY_IN | _WAY_OUT,
     "config": _WAY_IN | {"delivery"},
     "demo": set(),
     "cli": _WAY_IN | _WAY_OUT | {"delivery", "config", "demo"},
@@ -46,9 +47,9 @@ HARMLESS = {
 }  # fmt: skip
 
 DRIVERS = {
-    "clickhouse_connect", "duckdb", "duckdb_engine", "numpy", "pandas", "psycopg", "psycopg2",
-    "pyarrow", "pymongo", "redshift_connector", "rich", "snowflake", "sqlalchemy",
-    "sqlalchemy_redshift", "sqlite3",
+    "clickhouse_connect", "confluent_kafka", "duckdb", "duckdb_engine", "hjson", "numpy", "pandas",
+    "psycopg", "psycopg2", "pyarrow", "pymongo", "redshift_connector", "rich", "snowflake",
+    "sqlalchemy", "sqlalchemy_redshift", "sqlite3", "starlette", "urllib3", "uvicorn", "yaml",
 }  # fmt: skip
 
 PYDANTIC = {
