@@ -30,6 +30,7 @@ STAGES: dict[str, set[str]] = {
     "sinks": {"errors", "events", "messages", "planner"},
     "delivery": _WAY_IN | _WAY_OUT,
     "bulker": _WAY_IN | _WAY_OUT,
+    "receiver": {"errors", "events"},
     "config": _WAY_IN | {"delivery"},
     "demo": set(),
     "cli": _WAY_IN | _WAY_OUT | {"delivery", "config", "demo"},
