@@ -32,6 +32,8 @@ STAGES: dict[str, set[str]] = {
     "worker": _WAY_IN | {"delivery"},
     "metrics": {"errors", "graph", "delivery", "worker"},
     "aio": _WAY_IN | _WAY_OUT | {"delivery"},
+    "bulker": _WAY_IN | _WAY_OUT,
+    "receiver": {"errors", "events"},
     "config": _WAY_IN | {"delivery"},
     "check": _WAY_IN | _WAY_OUT | {"config"},
     "demo": set(),
@@ -50,10 +52,9 @@ HARMLESS = {
 }  # fmt: skip
 
 DRIVERS = {
-    "clickhouse_connect", "duckdb", "duckdb_engine", "numpy", "pandas", "prometheus_client",
-    "psycopg", "psycopg2",
-    "pyarrow", "pymongo", "redshift_connector", "rich", "snowflake", "sqlalchemy",
-    "sqlalchemy_redshift", "sqlite3",
+    "clickhouse_connect", "confluent_kafka", "duckdb", "duckdb_engine", "hjson", "numpy", "pandas",
+    "prometheus_client",    "psycopg", "psycopg2", "pyarrow", "pymongo", "redshift_connector", "rich", "snowflake",
+    "sqlalchemy", "sqlalchemy_redshift", "sqlite3", "starlette", "urllib3", "uvicorn", "yaml",
 }  # fmt: skip
 
 PYDANTIC = {

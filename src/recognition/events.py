@@ -1001,7 +1001,7 @@ def _read_ndjson(
         if end != len(text):
             reject(number, "not JSON", line)
             continue
-        members = None if isinstance(body, dict) and "batch" not in body else _expand(body)
+        members = None if isinstance(body, dict) and "batch" not in body else expand_batch(body)
         if members is None:
             try:
                 event = parse_event(body, format)
@@ -1026,7 +1026,7 @@ def _render(member: object) -> bytes:
         return b"(nested too deeply)"
 
 
-def _expand(body: object) -> list[object] | None:
+def expand_batch(body: object) -> list[object] | None:
     """
     Return the events of an array or of a batch envelope; None: the body is one event itself.
 
