@@ -335,3 +335,18 @@ def test_a_row_that_came_meanwhile_is_emptied_only_where_something_was_taken_bac
 
     assert before == 0
     assert after > 0
+
+
+def test_an_update_names_no_day_without_rows() -> None:
+    """What takes a device back goes by its days: an older update between them would stay."""
+    rules = rules_of("own column with days", Policy.LAST_LOGIN, stamps=False)
+    rules = replace(rules, attribution=replace(rules.attribution, lookback=30 * DAY))
+    pipeline = Pipeline(MemoryGraph(), rules)
+    with closing(pipeline):
+        pipeline.take([make_event("claim", 9 * DAY, "d", user_id="u1")])
+        pipeline.take([make_event("early", 3 * DAY, "d"), make_event("late", 7 * DAY, "d")])
+        pipeline.recognizers[0].release("d", 20 * DAY)
+        pipeline.take([make_event("between", 5 * DAY, "d")])
+        pipeline.deliver()
+
+    assert set(pipeline.rows().values()) == {None}

@@ -1351,9 +1351,12 @@ class _Decision:
                 alone[message_id] = time
             else:
                 pieces.setdefault(bisect_right(holes, time), []).append(time)
-        for times in pieces.values():
-            between = self._between(table, min(times), max(times) + 1)
-            self._emit(table, new, [*criteria, between], len(times) if expected else 0, cause)
+        days = self._rules.references_of(table) is References.DAYS
+        for piece in pieces.values():
+            # Of days that are kept none is named between them: what takes back names no other.
+            for times in _by_run(piece) if days else [piece]:
+                between = self._between(table, min(times), max(times) + 1)
+                self._emit(table, new, [*criteria, between], len(times) if expected else 0, cause)
         for part in _parts(alone):
             named = [*criteria, self._messages(table, part)]
             self._emit(table, new, named, len(part) if expected else 0, cause)
@@ -1568,6 +1571,17 @@ def _runs(days: Collection[int]) -> Iterable[tuple[int, int]]:
         end = day + 1
     if start is not None and end is not None:
         yield start * DAY, end * DAY
+
+
+def _by_run(times: Iterable[int]) -> Iterable[list[int]]:
+    """Times, apart where a day between them has none."""
+    run: list[int] = []
+    for time in sorted(times):
+        if run and time // DAY > run[-1] // DAY + 1:
+            yield run
+            run = []
+        run.append(time)
+    yield run
 
 
 def _around(start: int, end: int, holes: Sequence[int]) -> Iterable[tuple[int, int]]:
