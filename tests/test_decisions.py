@@ -21,6 +21,7 @@ from recognition.events import Event, Identifier
 from recognition.graph import Graph, decisions
 from recognition.graph.memory import MemoryGraph
 from recognition.graph.store import Rows, Store
+from recognition.messages import UpdateByCriteria
 from recognition.recognizer import Recognizer
 from recognition.rules import References, Rules, Supersede, TableRules
 from warehouse import Warehouse
@@ -335,3 +336,58 @@ def test_a_row_that_came_meanwhile_is_emptied_only_where_something_was_taken_bac
 
     assert before == 0
     assert after > 0
+
+
+def test_an_update_names_no_day_without_rows() -> None:
+    """What takes a device back goes by its days: an older update between them would stay."""
+    rules = rules_of("own column with days", Policy.LAST_LOGIN, stamps=False)
+    rules = replace(rules, attribution=replace(rules.attribution, lookback=30 * DAY))
+    pipeline = Pipeline(MemoryGraph(), rules)
+    with closing(pipeline):
+        pipeline.take([make_event("claim", 9 * DAY, "d", user_id="u1")])
+        pipeline.take([make_event("early", 3 * DAY, "d"), make_event("late", 7 * DAY, "d")])
+        pipeline.recognizers[0].release("d", 20 * DAY)
+        pipeline.take([make_event("between", 5 * DAY, "d")])
+        pipeline.deliver()
+
+    assert set(pipeline.rows().values()) == {None}
+
+
+@pytest.mark.parametrize("stamps", [True, False])
+@pytest.mark.parametrize("mode", ["version", "version with days", "version without references"])
+@pytest.mark.parametrize("seen", ["before the release", "after it"])
+def test_a_version_outlasts_an_update_that_comes_after_it_was_taken_back(
+    seen: str, mode: str, stamps: bool
+) -> None:
+    """
+    A row that becomes visible when its device was released already is nobody's for good.
+
+    The version of the update that took the device back is not in it, and the one that gave the
+    device to somebody may still be on its way.
+    """
+    rules = rules_of(mode, Policy.LAST_LOGIN, stamps=stamps)
+    rules = replace(rules, attribution=replace(rules.attribution, lookback=30 * DAY))
+    pipeline = Pipeline(MemoryGraph(), rules)
+    recognizer = pipeline.recognizers[0]
+
+    def decided() -> list[UpdateByCriteria]:
+        leased = pipeline.graph.lease_updates(1_000, 60)
+        pipeline.graph.acknowledge([item.position for item in leased])
+        return [item.update for item in leased]
+
+    with closing(pipeline):
+        late = [make_event("late", 3 * DAY + 1, "d")]
+        pipeline.take([make_event("early", 3 * DAY, "d"), make_event("end", 4 * DAY, "d")])
+        done = recognizer.process(late) if seen == "before the release" else None
+        pipeline.take([make_event("claim", 9 * DAY, "d", user_id="u1")])
+        held_up = decided()
+        recognizer.release("d", 20 * DAY)
+        pipeline.warehouse.apply(decided())
+        done = done or recognizer.process(late)
+        pipeline.warehouse.load("events", recognizer.rows(done)["events"])
+        recognizer.flushed(done.receipt)
+        pipeline.warehouse.apply(decided())
+        pipeline.warehouse.apply(held_up)
+
+    assert held_up
+    assert pipeline.rows() == {"early": None, "end": None, "claim": "u1", "late": None}

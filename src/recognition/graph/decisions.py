@@ -423,12 +423,21 @@ class _Decision:
                 _widen(ranges, o.anonymous_id, o.time)
         devices = self._devices(ranges, {}, [])
         owners, _ = self._owners(observations, devices, handles)
+        # A row that is nobody's now was never anybody's, unless something was taken back.
+        taken = {v for v, device in devices.items() if _ends(device.claims)}
         if stamped is None:
-            # A row that is nobody's now was never anybody's, unless something was taken back.
-            taken = {v for v, device in devices.items() if _ends(device.claims)}
             stamped = [
                 None if owner is None and o.anonymous_id not in taken else _ANOTHER
                 for o, owner in zip(observations, owners, strict=True)
+            ]
+        elif taken:
+            # The row may have come after what emptied its device, and what gave it away may come
+            # after the row: where only the row itself knows the order, it has to be told.
+            stamped = [
+                _ANOTHER
+                if owner is None and o.anonymous_id in taken and self._versioned(o)
+                else hold
+                for o, owner, hold in zip(observations, owners, stamped, strict=True)
             ]
         self._write_rows(observations, stamped, owners, devices, handles)
 
@@ -919,7 +928,8 @@ class _Decision:
 
         A row that is stamped is not empty and says so itself. Two kinds of rows do not: one that is
         nobody's, on a device that was somebody's until that was taken back; and one that looks
-        anonymous to the table where whole spans are written. Both are rare and late.
+        anonymous to the table where whole spans are written. Both are rare and late. (Where there
+        are no references and no versions the sink's ledger knows what was taken back.)
         """
         suspects: list[tuple[str, Observation, Owner | None, _Device, bool]] = []
         soft = {
@@ -953,7 +963,11 @@ class _Decision:
                 kept = any(t >= o.time for t in others)
                 # Where rows come first, one that is known may not have been decided about.
                 kept = kept and (rows_first or not any(o.message_id in refs for refs in found))
-                tables = [t for t in o.tables if kept and self._rules.keeps_references(t)]
+                tables = [
+                    t
+                    for t in o.tables
+                    if (kept if self._rules.keeps_references(t) else t in self._versioned(o))
+                ]
             else:
                 at = owner_at(device.claims, o.time, self._rules.attribution)
                 foreign = self._values({at}).get(at) != owner
@@ -969,6 +983,10 @@ class _Decision:
                 criteria = self._of_device(table, value)
                 criteria.append(self._messages(table, [(o.message_id, o.time)]))
                 self._emit(table, owner, criteria, 1, Cause(anonymous_id=value))
+
+    def _versioned(self, o: Observation) -> list[str]:
+        """The tables of an event in which rows know alone by which update they were written."""
+        return [t for t in o.tables if self._rules.supersede_of(t) is Supersede.VERSION]
 
     def _keep_references(
         self,
@@ -1393,9 +1411,12 @@ class _Decision:
                 alone[message_id] = time
             else:
                 pieces.setdefault(bisect_right(holes, time), []).append(time)
-        for times in pieces.values():
-            between = self._between(table, min(times), max(times) + 1)
-            self._emit(table, new, [*criteria, between], len(times) if expected else 0, cause)
+        days = self._rules.references_of(table) is References.DAYS
+        for piece in pieces.values():
+            # Of days that are kept none is named between them: what takes back names no other.
+            for times in _by_run(piece) if days else [piece]:
+                between = self._between(table, min(times), max(times) + 1)
+                self._emit(table, new, [*criteria, between], len(times) if expected else 0, cause)
         for part in _parts(alone):
             named = [*criteria, self._messages(table, part)]
             self._emit(table, new, named, len(part) if expected else 0, cause)
@@ -1610,6 +1631,17 @@ def _runs(days: Collection[int]) -> Iterable[tuple[int, int]]:
         end = day + 1
     if start is not None and end is not None:
         yield start * DAY, end * DAY
+
+
+def _by_run(times: Iterable[int]) -> Iterable[list[int]]:
+    """Times, apart where a day between them has none."""
+    run: list[int] = []
+    for time in sorted(times):
+        if run and time // DAY > run[-1] // DAY + 1:
+            yield run
+            run = []
+        run.append(time)
+    yield run
 
 
 def _around(start: int, end: int, holes: Sequence[int]) -> Iterable[tuple[int, int]]:
