@@ -386,7 +386,7 @@ def test_dead_letters_are_listed_and_sent_again(
         graph.return_updates([d.position for d in leased], "no table", dead=True, destination="w")
     listed = main(["replay", "--graph", url, "--list"])
     told = capsys.readouterr().out
-    main(["destinations", "--graph", url, "--json"])
+    main(["outbox", "--graph", url, "--json"])
     (backlog,) = json.loads(capsys.readouterr().out)
     sent = main(["replay", "--graph", url, "--destination", "w", "--json"])
     count = json.loads(capsys.readouterr().out)
@@ -412,7 +412,7 @@ def test_run_does_not_serve_a_sink_beside_the_destinations(
         ["run", str(tmp_path / "in" / "00.ndjson"), "--graph", url, "--sink", warehouse.url]
     )
     said = capsys.readouterr().err
-    dropped = main(["destinations", "--graph", url, "--drop", "w"])
+    dropped = main(["outbox", "--graph", url, "--drop", "w"])
 
     assert code != 0
     assert "recognition worker" in said
@@ -493,7 +493,7 @@ def test_check_says_what_is_wrong_and_what_mends_it(
     texts = {f["place"]: f["text"] for f in findings if f["level"] == "wrong"}
 
     assert code == 1
-    assert ("destination forgotten", "recognition destinations --drop forgotten") in wrong(findings)
+    assert ("destination forgotten", "recognition outbox --drop forgotten") in wrong(findings)
     assert ("destination narrow", "recognition replay --list") in wrong(findings)
     assert "ALTER TABLE events ADD COLUMN timestamp" in texts["destination lacking, table events"]
     assert "evnts" in texts["destination empty, table events"]

@@ -174,10 +174,8 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     replay.add_argument("--list", action="store_true", help="list them and send nothing")
     replay.add_argument("--destination", metavar="NAME", help="of this destination only")
-    destinations = command(
-        "destinations", _destinations, "Show what each destination has not done yet.", "graph"
-    )
-    destinations.add_argument("--drop", metavar="NAME", help="forget one, and what it has not done")
+    outbox = command("outbox", _outbox, "Show what each destination has not done yet.", "graph")
+    outbox.add_argument("--drop", metavar="NAME", help="forget one, and what it has not done")
 
     command(
         "check", _check, "Look for what would keep a worker from doing its work.", "graph", "sink"
@@ -691,6 +689,7 @@ def _worker(arguments: argparse.Namespace) -> int:
             format=format,
             batch_size=settings.batch_size,
             rejects=rejects,
+            expire=_expiry(settings, graph),
         )
         directories = arguments.directory or [Path(d) for d in settings.worker.directories]
         worker.sources += [
@@ -763,6 +762,13 @@ def _build_deliverer(
         every=given.every_seconds,
         patience=given.patience_hours * 3600,
     )
+
+
+def _expiry(settings: Settings, graph: Graph) -> Callable[[], object] | None:
+    days = settings.retention_days
+    if days is None:
+        return None
+    return lambda: graph.expire(time.time_ns() // 1000 - days * DAY)
 
 
 @contextmanager
@@ -877,7 +883,7 @@ def _check(arguments: argparse.Namespace) -> int:
     return _REJECTED if any(finding.level is Level.WRONG for finding in findings) else _DONE
 
 
-def _destinations(arguments: argparse.Namespace) -> int:
+def _outbox(arguments: argparse.Namespace) -> int:
     with closing(_graph(_settings(arguments))) as graph:
         registered = graph.destinations()
         if arguments.drop is not None:

@@ -22,7 +22,13 @@ from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
 
 from recognition.delivery import Deliverer
-from recognition.errors import ConfigurationError, EventError, InputError, RecognitionError
+from recognition.errors import (
+    ConfigurationError,
+    EventError,
+    GraphError,
+    InputError,
+    RecognitionError,
+)
 from recognition.events import Event, Format, Reject, parse_event, read_events
 from recognition.recognizer import Recognition, Recognizer
 
@@ -87,6 +93,7 @@ class Worker:
         batch_size: How many events go into one transaction of the graph, at most.
         rejects: Called with what cannot be read as an event, by one thread at a time.
         pauses: The first and the longest pause before a source is started again, in seconds.
+        expire: Called when `run` begins and once a day: drops what is older than is kept.
     """
 
     def __init__(
@@ -99,7 +106,9 @@ class Worker:
         batch_size: int = 1000,
         rejects: Callable[[Reject], object] | None = None,
         pauses: tuple[float, float] = (1.0, 60.0),
+        expire: Callable[[], object] | None = None,
     ) -> None:
+        self._expire = expire
         self._recognizer = recognizer
         self.sources = list(sources)
         self._deliverer = deliverer
@@ -171,6 +180,10 @@ class Worker:
         if self._deliverer is not None:
             self._deliverer.register()
         feeding = list(threads)
+        if self._expire is not None:
+            threads.append(
+                threading.Thread(target=self._keep_young, args=(self._expire, stop), name="expiry")
+            )
         if once:
             threads.append(threading.Thread(target=self._end, args=(feeding, stop), name="the end"))
         for thread in threads:
@@ -186,6 +199,16 @@ class Worker:
                 thread.join()
         if self._failed is not None:
             raise self._failed
+
+    def _keep_young(self, expire: Callable[[], object], stop: threading.Event) -> None:
+        pause = 0.0
+        while not stop.wait(pause):
+            try:
+                expire()
+                pause = 86_400.0
+            except GraphError as exc:
+                _log.warning("what is too old was not dropped: %s", exc)
+                pause = 600.0
 
     def _end(self, feeding: Sequence[threading.Thread], stop: threading.Event) -> None:
         """Stop when there is nothing left to do."""
