@@ -119,7 +119,7 @@ def test_directory_is_taken_and_moved(tmp_path: Path, capsys: pytest.CaptureFixt
     rejects = [json.loads(line) for line in (tmp_path / "rejects.ndjson").read_text().splitlines()]
 
     assert (code, again) == (1, 0)
-    assert (result["events"], result["rejected"], result["pending_updates"]) == (24, 1, 0)
+    assert (result["events"], result["rejected"], result["updates_waiting"]) == (24, 1, 0)
     assert result["destinations"]["warehouse"]["rows_changed"] == 18
     assert left == {
         "done/1.ndjson",
@@ -294,7 +294,7 @@ def test_sigterm_lets_the_worker_come_to_its_end(tmp_path: Path) -> None:
     result = json.loads(out)
 
     assert worker.returncode == 0, said
-    assert result["pending_updates"] == 0
+    assert result["updates_waiting"] == 0
     assert result["destinations"]["warehouse"]["updates"] >= 40
     assert "d7" not in said
     assert "u7" not in said

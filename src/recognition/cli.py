@@ -497,7 +497,8 @@ def _run(arguments: argparse.Namespace) -> int:
         _say(
             arguments,
             f"no sink was named: {waiting:,} updates are in the outbox of"
-            f" {hide_password(settings.graph)}; a run with --sink applies them",
+            f" {hide_password(settings.graph)};"
+            f" {'a worker' if settings.destinations else 'a run with --sink'} applies them",
         )
     return way.code
 
@@ -716,14 +717,15 @@ def _worker(arguments: argparse.Namespace) -> int:
         with _stopped_by_signals(stop):
             worker.run(stop, once=arguments.once)
         served = {} if deliverer is None else deliverer.served
-        backlog = graph.stats()
+        unfilled = [name for name, filled in graph.destinations().items() if not filled]
+        pending = sum(graph.backlog(name).waiting for name in served)
     result: dict[str, object] = {
         **asdict(worker.taken),
         "updates_applied": sum(one.updates for one in served.values()),
         "updates_held": sum(one.held for one in served.values()),
         "updates_rejected": sum(one.dead for one in served.values()),
         "rows_changed": sum(one.rows_changed for one in served.values()),
-        "pending_updates": backlog.pending_updates,
+        "updates_waiting": pending,
     }
     if arguments.json:
         result["destinations"] = {name: _plain_times(asdict(s)) for name, s in served.items()}
@@ -731,6 +733,8 @@ def _worker(arguments: argparse.Namespace) -> int:
     failing = [name for name, one in served.items() if one.failing]
     for name in failing:
         print(f"recognition: {name} fails: {served[name].last_error}", file=sys.stderr)
+    for name in unfilled:
+        _say(arguments, f"{name} is not filled yet with what the graph knew before it")
     if failing and arguments.once:
         return _FAILED
     return _REJECTED if worker.taken.rejected or result["updates_rejected"] else _DONE

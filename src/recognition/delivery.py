@@ -339,9 +339,14 @@ class _Line:
         while not stop.is_set():
             pause = 0.0
             woken = not self.idle
-            try:
-                if self.unfilled and time.monotonic() >= filling:
+            if self.unfilled and time.monotonic() >= filling:
+                try:
                     self._fill(stop)
+                except Exception as exc:
+                    # It begins anew later; what is new does not wait for it.
+                    filling = time.monotonic() + self._of._pauses[1]
+                    self._failed(exc)
+            try:
                 leased = self._graph.lease_updates(
                     self._size, self._of._lease, self.destination.name
                 )
