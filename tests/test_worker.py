@@ -31,7 +31,7 @@ from test_delivery import RULES, SECOND, START, Warehouse, expected, journey, wa
 HERE = Path(__file__).parent
 
 #: How often a worker is killed in a trial; more by the environment.
-KILLS = int(os.environ.get("RECOGNITION_TEST_KILLS", "6"))
+KILLS = int(os.environ.get("RECOGNITION_TEST_KILLS", "5"))
 
 
 def to_segment(event: Event) -> dict[str, Any]:
@@ -257,7 +257,7 @@ def test_worker_that_is_killed_again_and_again_leaves_the_rows_of_one_that_lived
     arguments = (tmp_path / "steps", "worker", "--once", "--quiet", "--config", config)
     for number in range(KILLS * 3):
         # Steps are SQL statements on the graph and on the sinks, in the order of their beginning.
-        step = draw.randrange(1, 400) if killed < KILLS else 0
+        step = int(4 ** draw.uniform(0, 5.2)) if killed < KILLS else 0
         with process(HERE / "crashing.py", step, *arguments) as worker:
             _, said = worker.communicate(timeout=100)
         killed += worker.returncode == -signal.SIGKILL

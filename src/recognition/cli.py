@@ -730,6 +730,13 @@ def _worker(arguments: argparse.Namespace) -> int:
     if arguments.json:
         result["destinations"] = {name: _plain_times(asdict(s)) for name, s in served.items()}
     _print_result(arguments, result, [], Counter())
+    for name, one in served.items():
+        for table, missing in one.unmatched.items():
+            _say(
+                arguments,
+                f"{name}, {table}: {missing.rows:,} rows of {missing.updates:,} updates never came,"
+                f" the oldest was decided at {missing.oldest:%Y-%m-%d %H:%M:%S} UTC",
+            )
     failing = [name for name, one in served.items() if one.failing]
     for name in failing:
         print(f"recognition: {name} fails: {served[name].last_error}", file=sys.stderr)

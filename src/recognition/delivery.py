@@ -544,11 +544,18 @@ class _Line:
         )
 
     def _report(self, update: UpdateByCriteria, rows: int) -> None:
-        if rows > 0:
-            found = self.served.unmatched.setdefault(update.table, Unmatched())
-            found.updates += 1
-            found.rows += rows
-            found.oldest = min(found.oldest or update.created_at, update.created_at)
+        """Rows that an update expected never came."""
+        found = self.served.unmatched.setdefault(update.table, Unmatched())
+        found.updates += 1
+        found.rows += rows
+        found.oldest = min(found.oldest or update.created_at, update.created_at)
+        _log.info(
+            "%s: update %s of table %s expected %d rows more than came",
+            self.destination.name,
+            update.id,
+            update.table,
+            rows,
+        )
 
     def _fill(self, stop: threading.Event) -> None:
         """Tell a new destination what the graph knew before it was registered."""
