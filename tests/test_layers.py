@@ -28,8 +28,9 @@ STAGES: dict[str, set[str]] = {
     "recognizer": _PURE | {"graph"},
     "planner": {"errors", "messages"},
     "sinks": {"errors", "events", "messages", "planner"},
-    "delivery": _WAY_IN | _WAY_OUT,
-    "worker": _WAY_IN | {"delivery"},
+    "tracing": set(),
+    "delivery": _WAY_IN | _WAY_OUT | {"tracing"},
+    "worker": _WAY_IN | {"delivery", "tracing"},
     "metrics": {"errors", "graph", "delivery", "worker"},
     "config": _WAY_IN | {"delivery"},
     "check": _WAY_IN | _WAY_OUT | {"config"},
@@ -49,10 +50,9 @@ HARMLESS = {
 }  # fmt: skip
 
 DRIVERS = {
-    "clickhouse_connect", "duckdb", "duckdb_engine", "numpy", "pandas", "prometheus_client",
-    "psycopg", "psycopg2",
-    "pyarrow", "pymongo", "redshift_connector", "rich", "snowflake", "sqlalchemy",
-    "sqlalchemy_redshift", "sqlite3",
+    "clickhouse_connect", "duckdb", "duckdb_engine", "numpy", "opentelemetry", "pandas",
+    "prometheus_client", "psycopg", "psycopg2", "pyarrow", "pymongo", "redshift_connector", "rich",
+    "snowflake", "sqlalchemy", "sqlalchemy_redshift", "sqlite3",
 }  # fmt: skip
 
 PYDANTIC = {

@@ -33,6 +33,7 @@ from recognition.messages import UpdateByCriteria
 from recognition.planner import Plan, plan_updates
 from recognition.rules import Rules
 from recognition.sinks import Applied, Sink
+from recognition.tracing import span
 
 _log = logging.getLogger("recognition.delivery")
 
@@ -428,8 +429,13 @@ class _Line:
 
     def _apply(self, plan: Plan) -> Applied:
         started = time.monotonic()
+        name = self.destination.name
         try:
-            applied = self.destination.sink.apply(plan)
+            with span("recognition.apply", destination=name, updates=len(plan.updates)) as told:
+                applied = self.destination.sink.apply(plan)
+                told["rows_matched"] = applied.rows_matched
+                told["rows_changed"] = applied.rows_changed
+                told["statements"] = applied.statements
         finally:
             self.served.seconds += time.monotonic() - started
         self.served.rows_matched += applied.rows_matched

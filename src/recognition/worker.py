@@ -31,6 +31,7 @@ from recognition.errors import (
 )
 from recognition.events import Event, Format, Reject, parse_event, read_events
 from recognition.recognizer import Recognition, Recognizer
+from recognition.tracing import span
 
 _log = logging.getLogger("recognition.worker")
 
@@ -140,7 +141,11 @@ class Worker:
                 )
         batches = iter(read)
         while batch := list(islice(batches, self._batch_size)):
-            self._count(self._recognizer.process(batch))
+            with span("recognition.take", events=len(batch)) as told:
+                done = self._recognizer.process(batch)
+                told["claims"] = done.claims
+                told["updates"] = done.updates
+            self._count(done)
 
     def reject(self, reject: Reject) -> None:
         """Count and keep what became no event; by any thread."""
