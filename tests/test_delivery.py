@@ -414,8 +414,16 @@ def test_updates_of_a_table_that_stays_missing_are_given_up(graph: Graph, tmp_pa
     assert warehouse.users() == expected(2)
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (SinkError("the statement was refused"), "the statement was refused"),
+        (KeyError("d13"), "KeyError"),  # a mistake in a sink; its text is not ours
+    ],
+    ids=["refused", "mistake"],
+)
 def test_update_that_the_destination_refuses_is_given_up_alone(
-    graph: Graph, tmp_path: Path
+    graph: Graph, tmp_path: Path, error: Exception, told: str
 ) -> None:
     """One that breaks its whole window is found, and the others are applied."""
     warehouse = Warehouse(tmp_path).make()
@@ -425,15 +433,13 @@ def test_update_that_the_destination_refuses_is_given_up_alone(
 
     def refuse(plan: Plan) -> None:
         if any(row.equals[0] == "d13" for step in plan.steps for row in step.rows):
-            raise SinkError("the statement was refused; everything was rolled back")
+            raise error
 
     sink = Around(warehouse.sink(), refuse)
     served = run_until_empty(graph, Destination(name="w", sink=sink, settle=0.0))
     dead = graph.dead_updates(10, "w")
 
-    assert [(d.update.cause.anonymous_id, reason) for d, reason in dead] == [
-        ("d13", "the statement was refused; everything was rolled back")
-    ]
+    assert [(d.update.cause.anonymous_id, reason) for d, reason in dead] == [("d13", told)]
     assert warehouse.users() == expected(20) | {f"m13-{k}": None for k in range(3)}
     assert (served.updates, served.dead) == (19, 1)
 

@@ -368,9 +368,7 @@ class _Line:
         served = self.served
         served.failures += 1
         served.failing += 1
-        # The text of what is not ours may hold anything.
-        told = str(exc) if isinstance(exc, RecognitionError) else type(exc).__name__
-        served.last_error = told
+        told = served.last_error = _tell(exc)
         first, longest = self._of._pauses
         pause = min(longest, first * 2.0 ** min(served.failing - 1, 30))
         pause *= random.uniform(0.5, 1.0)
@@ -409,12 +407,12 @@ class _Line:
         try:
             plan = plan_updates([item.update for item in leased])
             applied = self._apply(plan)
-        except BaseException as exc:
+        except Exception as exc:
             self._land()
-            if isinstance(exc, RecognitionError) and not exc.retryable:
-                self._give_back_refused(leased, exc)
-            else:
+            if getattr(exc, "retryable", False):
                 self._return(leased, exc)
+            else:
+                self._give_back_refused(leased, exc)
             raise
         self._land()
         self._settle(leased, plan, applied)
@@ -446,7 +444,7 @@ class _Line:
             self._of._watch(self.destination.name, plan, applied)
         return applied
 
-    def _return(self, leased: Sequence[Delivery], exc: BaseException) -> None:
+    def _return(self, leased: Sequence[Delivery], exc: Exception) -> None:
         self._graph.return_updates(
             [item.position for item in leased],
             type(exc).__name__,
@@ -454,7 +452,7 @@ class _Line:
             destination=self.destination.name,
         )
 
-    def _give_back_refused(self, leased: Sequence[Delivery], exc: RecognitionError) -> None:
+    def _give_back_refused(self, leased: Sequence[Delivery], exc: Exception) -> None:
         """
         The destination refused the window, and would again: smaller ones find out what it is.
 
@@ -472,7 +470,7 @@ class _Line:
         self._applied_since.discard(item.position)
         if count >= 3:
             self._refused.pop(item.position)
-            self._bury([(item, str(exc))])
+            self._bury([(item, _tell(exc))])
         else:
             self._hold([item.position], _delay(item.attempts, self._of._pauses[1]), applied=False)
 
@@ -491,7 +489,7 @@ class _Line:
         refused: dict[str, RecognitionError] = {**dict(plan.rejected), **dict(applied.rejected)}
         destination = self.destination
         counted = destination.sink.capabilities.counts_per_update
-        missing = find_unmatched(leased, plan, applied, counted=counted)
+        missing = _find_unmatched(leased, plan, applied, counted=counted)
         done: list[Delivery] = []
         held: list[int] = []
         dead: list[tuple[Delivery, str]] = []
@@ -588,7 +586,7 @@ class _Line:
         _log.info("%s: was filled, %d updates", name, self.served.filled)
 
 
-def find_unmatched(
+def _find_unmatched(
     leased: Sequence[Delivery], plan: Plan, applied: Applied, *, counted: bool = True
 ) -> dict[str, int]:
     """
@@ -615,6 +613,11 @@ def find_unmatched(
         elif found < wanted:
             missing[update.id] = wanted - found
     return missing
+
+
+def _tell(exc: Exception) -> str:
+    """The text of what is not ours may hold anything."""
+    return str(exc) if isinstance(exc, RecognitionError) else type(exc).__name__
 
 
 def _delay(attempts: int, longest: float) -> float:
