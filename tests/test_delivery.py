@@ -67,7 +67,7 @@ class Warehouse:
             with duckdb.connect(str(self.path)) as connection:
                 yield connection
         else:
-            with closing(sqlite3.connect(self.path, isolation_level=None)) as connection:
+            with closing(sqlite3.connect(self.path, 30, isolation_level=None)) as connection:
                 yield connection
 
     def make(self, *, versioned: bool = False) -> Warehouse:
