@@ -30,7 +30,8 @@ ROOT = Path(__file__).parents[1]
 GRAPH = "sqlite:///graph.db"
 SINK = "sqlite:///warehouse.db"
 COMMANDS = [
-    "demo", "run", "plan", "apply", "explain", "forget", "unlink", "release", "stats", "graph",
+    "demo", "run", "plan", "apply", "worker", "replay", "outbox", "check", "explain",
+    "forget", "unlink", "release", "stats", "graph",
     "schema", "sinks", "config",
 ]  # fmt: skip
 

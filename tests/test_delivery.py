@@ -67,7 +67,7 @@ class Warehouse:
             with duckdb.connect(str(self.path)) as connection:
                 yield connection
         else:
-            with closing(sqlite3.connect(self.path, isolation_level=None)) as connection:
+            with closing(sqlite3.connect(self.path, 30, isolation_level=None)) as connection:
                 yield connection
 
     def make(self, *, versioned: bool = False) -> Warehouse:
@@ -227,6 +227,71 @@ def test_new_destination_is_filled_with_what_the_graph_knows(graph: Graph, tmp_p
     assert deliverer.served["first"].filled == 0
 
 
+def test_refused_fill_does_not_hold_what_is_new(graph: Graph, tmp_path: Path) -> None:
+    """A fill that fails begins anew later; new updates are applied meanwhile."""
+    warehouse = Warehouse(tmp_path).make()
+    events = journey(10)
+    warehouse.put(events)
+    Recognizer(graph, RULES).process(events[:-2])
+    for item in graph.lease_updates(100, 60):
+        graph.acknowledge([item.position])
+    broken = True
+
+    def refuse(plan: Plan) -> None:
+        if broken and len(plan.updates) > 2:
+            raise SinkError("too much at once")
+
+    sink = Around(warehouse.sink(), refuse)
+    destination = Destination(name="w", sink=sink, settle=0.0)
+    deliverer = deliverer_of(graph, destination, rules=RULES)
+    with delivering(deliverer):
+        wait_until(lambda: deliverer.served["w"].failures)
+        Recognizer(graph, RULES).process(events[-2:])
+        wait_until(lambda: not graph.stats().pending_updates)
+        before, filled = warehouse.users(), graph.destinations()
+        broken = False
+        wait_until(lambda: graph.destinations()["w"])
+
+    assert filled == {"w": False}
+    assert {m for m, user in before.items() if user and m.startswith("m")} == {
+        f"m{n}-{k}" for n in (8, 9) for k in range(3)
+    }
+    assert warehouse.users() == expected(10)
+
+
+def test_destinations_of_a_graph_of_many_machines(mongodb_url: str, tmp_path: Path) -> None:
+    """On MongoDB: two deliverers of two graphs, a late row, a destination that comes later."""
+    one, two = Warehouse(tmp_path, "one").make(), Warehouse(tmp_path, "two").make()
+    events = journey(40)
+    late = [event for event in events if event.message_id == "m7-1"]
+    one.put([event for event in events if event not in late])
+    seen: list[str] = []
+    with closing(open_graph(mongodb_url)) as graph, closing(open_graph(mongodb_url)) as other:
+        first = [
+            deliverer_of(
+                g,
+                Destination(name="one", sink=one.sink(), window=5, settle=1.0),
+                rules=RULES,
+                watch=lambda name, plan, applied: seen.extend(plan.updates),
+            )
+            for g in (graph, other)
+        ]
+        with delivering(first[0]), delivering(first[1]):
+            wait_until(lambda: graph.destinations() == {"one": True})
+            Recognizer(graph, RULES).process(events)
+            wait_until(lambda: not other.backlog("one").waiting)
+            one.put(late)
+            wait_until(lambda: not graph.stats().pending_updates)
+        two.put(events)
+        second = Destination(name="two", sink=two.sink(), settle=0.1)
+        with delivering(deliverer_of(graph, second, rules=RULES)):
+            wait_until(lambda: graph.destinations() == {"one": True, "two": True})
+        graph.drop_destination("two")
+
+    assert one.users() == two.users() == expected(40)
+    assert (len(seen), len(set(seen))) == (41, 40)
+
+
 # Rows on their way -----------------------------------------------------------------------------
 
 
@@ -349,8 +414,16 @@ def test_updates_of_a_table_that_stays_missing_are_given_up(graph: Graph, tmp_pa
     assert warehouse.users() == expected(2)
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (SinkError("the statement was refused"), "the statement was refused"),
+        (KeyError("d13"), "KeyError"),  # a mistake in a sink; its text is not ours
+    ],
+    ids=["refused", "mistake"],
+)
 def test_update_that_the_destination_refuses_is_given_up_alone(
-    graph: Graph, tmp_path: Path
+    graph: Graph, tmp_path: Path, error: Exception, told: str
 ) -> None:
     """One that breaks its whole window is found, and the others are applied."""
     warehouse = Warehouse(tmp_path).make()
@@ -360,15 +433,13 @@ def test_update_that_the_destination_refuses_is_given_up_alone(
 
     def refuse(plan: Plan) -> None:
         if any(row.equals[0] == "d13" for step in plan.steps for row in step.rows):
-            raise SinkError("the statement was refused; everything was rolled back")
+            raise error
 
     sink = Around(warehouse.sink(), refuse)
     served = run_until_empty(graph, Destination(name="w", sink=sink, settle=0.0))
     dead = graph.dead_updates(10, "w")
 
-    assert [(d.update.cause.anonymous_id, reason) for d, reason in dead] == [
-        ("d13", "the statement was refused; everything was rolled back")
-    ]
+    assert [(d.update.cause.anonymous_id, reason) for d, reason in dead] == [("d13", told)]
     assert warehouse.users() == expected(20) | {f"m13-{k}": None for k in range(3)}
     assert (served.updates, served.dead) == (19, 1)
 

@@ -28,8 +28,9 @@ STAGES: dict[str, set[str]] = {
     "recognizer": _PURE | {"graph"},
     "planner": {"errors", "messages"},
     "sinks": {"errors", "events", "messages", "planner"},
-    "delivery": _WAY_IN | _WAY_OUT,
-    "worker": _WAY_IN | {"delivery"},
+    "tracing": set(),
+    "delivery": _WAY_IN | _WAY_OUT | {"tracing"},
+    "worker": _WAY_IN | {"delivery", "tracing"},
     "metrics": {"errors", "graph", "delivery", "worker"},
     "aio": _WAY_IN | _WAY_OUT | {"delivery"},
     "bulker": _WAY_IN | _WAY_OUT,
@@ -52,9 +53,10 @@ HARMLESS = {
 }  # fmt: skip
 
 DRIVERS = {
-    "clickhouse_connect", "confluent_kafka", "duckdb", "duckdb_engine", "hjson", "numpy", "pandas",
-    "prometheus_client",    "psycopg", "psycopg2", "pyarrow", "pymongo", "redshift_connector", "rich", "snowflake",
-    "sqlalchemy", "sqlalchemy_redshift", "sqlite3", "starlette", "urllib3", "uvicorn", "yaml",
+    "clickhouse_connect", "confluent_kafka", "duckdb", "duckdb_engine", "hjson", "numpy",
+    "opentelemetry", "pandas", "prometheus_client", "psycopg", "psycopg2", "pyarrow", "pymongo",
+    "redshift_connector", "rich", "snowflake", "sqlalchemy", "sqlalchemy_redshift", "sqlite3",
+    "starlette", "urllib3", "uvicorn", "yaml",
 }  # fmt: skip
 
 PYDANTIC = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import urllib.request
 from contextlib import closing
@@ -17,6 +18,9 @@ from recognition.metrics import Metrics
 from recognition.recognizer import Recognizer
 from recognition.worker import Worker
 from test_delivery import RULES, Warehouse, delivering, journey, wait_until
+
+DOCS = Path(__file__).parents[1] / "docs"
+DEPLOY = Path(__file__).parents[1] / "deploy"
 
 
 def read(text: str) -> dict[tuple[str, ...], float]:
@@ -83,3 +87,28 @@ def test_metrics_say_what_came_in_went_out_and_waits(tmp_path: Path) -> None:
     assert found["recognition_graph_up",] == 1
     assert "u1" not in text
     assert "d1" not in text
+
+
+def test_dashboard_and_page_name_metrics_that_exist(tmp_path: Path) -> None:
+    """Every metric of the Grafana dashboard and of docs/delivery.md is one that is served."""
+    sink = Warehouse(tmp_path).make().sink()
+    with closing(open_graph(f"sqlite:///{tmp_path}/graph.db")) as graph:
+        deliverer = Deliverer(graph, [Destination(name="w", sink=sink)])
+        served = {
+            family.name
+            for family in Metrics(graph, Worker(Recognizer(graph), [], None), deliverer).collect()
+        }
+    named = set(re.findall(r"recognition_[a-z_]+", (DEPLOY / "grafana.json").read_text("utf-8")))
+    page = (DOCS / "delivery.md").read_text("utf-8")
+    listed = page[page.index("| metric |") : page.index("Worth an alarm")]
+    for first, more in re.findall(r"^\| (`recognition_\w+`)((?:, `_\w+`)*) \|", listed, re.M):
+        base = re.sub(r"(recognition_(?:delivered_|outbox_)?).*", r"\1", first.strip("`"))
+        named.add(first.strip("`"))
+        named |= {base + name.strip("_") for name in re.findall(r"`_(\w+)`", more)}
+    known = served | {
+        f"{name}_{ending}" for name in served for ending in ("total", "bucket", "count", "sum")
+    }
+
+    assert len(named) > 30
+    assert named - known == set()
+    assert {name for name in served if not any(one.startswith(name) for one in named)} == set()

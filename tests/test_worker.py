@@ -31,7 +31,7 @@ from test_delivery import RULES, SECOND, START, Warehouse, expected, journey, wa
 HERE = Path(__file__).parent
 
 #: How often a worker is killed in a trial; more by the environment.
-KILLS = int(os.environ.get("RECOGNITION_TEST_KILLS", "6"))
+KILLS = int(os.environ.get("RECOGNITION_TEST_KILLS", "5"))
 
 
 def to_segment(event: Event) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def test_directory_is_taken_and_moved(tmp_path: Path, capsys: pytest.CaptureFixt
     rejects = [json.loads(line) for line in (tmp_path / "rejects.ndjson").read_text().splitlines()]
 
     assert (code, again) == (1, 0)
-    assert (result["events"], result["rejected"], result["pending_updates"]) == (24, 1, 0)
+    assert (result["events"], result["rejected"], result["updates_waiting"]) == (24, 1, 0)
     assert result["destinations"]["warehouse"]["rows_changed"] == 18
     assert left == {
         "done/1.ndjson",
@@ -257,7 +257,7 @@ def test_worker_that_is_killed_again_and_again_leaves_the_rows_of_one_that_lived
     arguments = (tmp_path / "steps", "worker", "--once", "--quiet", "--config", config)
     for number in range(KILLS * 3):
         # Steps are SQL statements on the graph and on the sinks, in the order of their beginning.
-        step = draw.randrange(1, 400) if killed < KILLS else 0
+        step = int(4 ** draw.uniform(0, 5.2)) if killed < KILLS else 0
         with process(HERE / "crashing.py", step, *arguments) as worker:
             _, said = worker.communicate(timeout=100)
         killed += worker.returncode == -signal.SIGKILL
@@ -294,7 +294,7 @@ def test_sigterm_lets_the_worker_come_to_its_end(tmp_path: Path) -> None:
     result = json.loads(out)
 
     assert worker.returncode == 0, said
-    assert result["pending_updates"] == 0
+    assert result["updates_waiting"] == 0
     assert result["destinations"]["warehouse"]["updates"] >= 40
     assert "d7" not in said
     assert "u7" not in said
@@ -386,7 +386,7 @@ def test_dead_letters_are_listed_and_sent_again(
         graph.return_updates([d.position for d in leased], "no table", dead=True, destination="w")
     listed = main(["replay", "--graph", url, "--list"])
     told = capsys.readouterr().out
-    main(["destinations", "--graph", url, "--json"])
+    main(["outbox", "--graph", url, "--json"])
     (backlog,) = json.loads(capsys.readouterr().out)
     sent = main(["replay", "--graph", url, "--destination", "w", "--json"])
     count = json.loads(capsys.readouterr().out)
@@ -412,7 +412,7 @@ def test_run_does_not_serve_a_sink_beside_the_destinations(
         ["run", str(tmp_path / "in" / "00.ndjson"), "--graph", url, "--sink", warehouse.url]
     )
     said = capsys.readouterr().err
-    dropped = main(["destinations", "--graph", url, "--drop", "w"])
+    dropped = main(["outbox", "--graph", url, "--drop", "w"])
 
     assert code != 0
     assert "recognition worker" in said
@@ -493,7 +493,7 @@ def test_check_says_what_is_wrong_and_what_mends_it(
     texts = {f["place"]: f["text"] for f in findings if f["level"] == "wrong"}
 
     assert code == 1
-    assert ("destination forgotten", "recognition destinations --drop forgotten") in wrong(findings)
+    assert ("destination forgotten", "recognition outbox --drop forgotten") in wrong(findings)
     assert ("destination narrow", "recognition replay --list") in wrong(findings)
     assert "ALTER TABLE events ADD COLUMN timestamp" in texts["destination lacking, table events"]
     assert "evnts" in texts["destination empty, table events"]

@@ -5,7 +5,7 @@ The public names, nothing else. Importing this loads no driver.
 """
 
 from recognition.attribution import AttributionRules, Policy
-from recognition.delivery import Delivered, deliver
+from recognition.delivery import Delivered, Deliverer, Destination, Served, deliver
 from recognition.errors import (
     ConfigurationError,
     EventError,
@@ -58,6 +58,8 @@ __all__ = [
     "Columns",
     "ConfigurationError",
     "Delivered",
+    "Deliverer",
+    "Destination",
     "Empty",
     "Equals",
     "Event",
@@ -89,6 +91,7 @@ __all__ = [
     "References",
     "Reject",
     "Rules",
+    "Served",
     "Sink",
     "SinkError",
     "SinkReadOnlyError",

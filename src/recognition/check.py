@@ -117,7 +117,7 @@ def _check_graph(
             level=Level.WRONG,
             place=f"destination {name}",
             text="the outbox keeps updates for it, and it is not in the settings",
-            fix=f"recognition destinations --drop {name}",
+            fix=f"recognition outbox --drop {name}",
         )
     for name in sorted(registered) or [""]:
         backlog = graph.backlog(name)

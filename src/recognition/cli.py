@@ -177,10 +177,8 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     replay.add_argument("--list", action="store_true", help="list them and send nothing")
     replay.add_argument("--destination", metavar="NAME", help="of this destination only")
-    destinations = command(
-        "destinations", _destinations, "Show what each destination has not done yet.", "graph"
-    )
-    destinations.add_argument("--drop", metavar="NAME", help="forget one, and what it has not done")
+    outbox = command("outbox", _outbox, "Show what each destination has not done yet.", "graph")
+    outbox.add_argument("--drop", metavar="NAME", help="forget one, and what it has not done")
 
     command(
         "check", _check, "Look for what would keep a worker from doing its work.", "graph", "sink"
@@ -526,7 +524,8 @@ def _run(arguments: argparse.Namespace) -> int:
         _say(
             arguments,
             f"no sink was named: {waiting:,} updates are in the outbox of"
-            f" {hide_password(settings.graph)}; a run with --sink applies them",
+            f" {hide_password(settings.graph)};"
+            f" {'a worker' if settings.destinations else 'a run with --sink'} applies them",
         )
     return way.code
 
@@ -718,6 +717,7 @@ def _worker(arguments: argparse.Namespace) -> int:
             format=format,
             batch_size=settings.batch_size,
             rejects=rejects,
+            expire=_expiry(settings, graph),
         )
         directories = arguments.directory or [Path(d) for d in settings.worker.directories]
         worker.sources += [
@@ -744,21 +744,31 @@ def _worker(arguments: argparse.Namespace) -> int:
         with _stopped_by_signals(stop):
             worker.run(stop, once=arguments.once)
         served = {} if deliverer is None else deliverer.served
-        backlog = graph.stats()
+        unfilled = [name for name, filled in graph.destinations().items() if not filled]
+        pending = sum(graph.backlog(name).waiting for name in served)
     result: dict[str, object] = {
         **asdict(worker.taken),
         "updates_applied": sum(one.updates for one in served.values()),
         "updates_held": sum(one.held for one in served.values()),
         "updates_rejected": sum(one.dead for one in served.values()),
         "rows_changed": sum(one.rows_changed for one in served.values()),
-        "pending_updates": backlog.pending_updates,
+        "updates_waiting": pending,
     }
     if arguments.json:
         result["destinations"] = {name: _plain_times(asdict(s)) for name, s in served.items()}
     _print_result(arguments, result, [], Counter())
+    for name, one in served.items():
+        for table, missing in one.unmatched.items():
+            _say(
+                arguments,
+                f"{name}, {table}: {missing.rows:,} rows of {missing.updates:,} updates never came,"
+                f" the oldest was decided at {missing.oldest:%Y-%m-%d %H:%M:%S} UTC",
+            )
     failing = [name for name, one in served.items() if one.failing]
     for name in failing:
         print(f"recognition: {name} fails: {served[name].last_error}", file=sys.stderr)
+    for name in unfilled:
+        _say(arguments, f"{name} is not filled yet with what the graph knew before it")
     if failing and arguments.once:
         return _FAILED
     return _REJECTED if worker.taken.rejected or result["updates_rejected"] else _DONE
@@ -790,6 +800,13 @@ def _build_deliverer(
         every=given.every_seconds,
         patience=given.patience_hours * 3600,
     )
+
+
+def _expiry(settings: Settings, graph: Graph) -> Callable[[], object] | None:
+    days = settings.retention_days
+    if days is None:
+        return None
+    return lambda: graph.expire(time.time_ns() // 1000 - days * DAY)
 
 
 @contextmanager
@@ -904,7 +921,7 @@ def _check(arguments: argparse.Namespace) -> int:
     return _REJECTED if any(finding.level is Level.WRONG for finding in findings) else _DONE
 
 
-def _destinations(arguments: argparse.Namespace) -> int:
+def _outbox(arguments: argparse.Namespace) -> int:
     with closing(_graph(_settings(arguments))) as graph:
         registered = graph.destinations()
         if arguments.drop is not None:

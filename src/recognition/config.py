@@ -229,7 +229,7 @@ class Settings(_Table):
     """How many events are handled in one step, which is one transaction of the graph."""
     retention_days: Annotated[int, Field(ge=1)] | None = None
     """How many days message references are kept, at least `lookback_days`; unset: for good. Older
-    ones are dropped at the end of each run."""
+    ones are dropped at the end of each run, and once a day by a worker."""
 
     @model_validator(mode="after")
     def _keeps_what_a_claim_reaches(self) -> Self:
@@ -544,6 +544,8 @@ def _render_table(title: str, model: type[BaseModel]) -> str:
     for key, field in model.model_fields.items():
         if field.is_required():
             default = "needed"
+        elif isinstance(field.default, _Table):
+            default = "its own"
         else:
             default = "unset" if field.default is None else f"`{json.dumps(field.default)}`"
         meaning = " ".join((field.description or "").split())
@@ -557,4 +559,6 @@ def _render_table(title: str, model: type[BaseModel]) -> str:
 def _choices(annotation: Any) -> list[str]:
     if isinstance(annotation, type) and issubclass(annotation, StrEnum):
         return [choice.value for choice in annotation]
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
     return [choice for argument in get_args(annotation) for choice in _choices(argument)]

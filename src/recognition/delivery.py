@@ -33,6 +33,7 @@ from recognition.messages import UpdateByCriteria
 from recognition.planner import Plan, plan_updates
 from recognition.rules import Rules
 from recognition.sinks import Applied, Sink
+from recognition.tracing import span
 
 _log = logging.getLogger("recognition.delivery")
 
@@ -341,9 +342,14 @@ class _Line:
         while not stop.is_set():
             pause = 0.0
             woken = not self.idle
-            try:
-                if self.unfilled and time.monotonic() >= filling:
+            if self.unfilled and time.monotonic() >= filling:
+                try:
                     self._fill(stop)
+                except Exception as exc:
+                    # It begins anew later; what is new does not wait for it.
+                    filling = time.monotonic() + self._of._pauses[1]
+                    self._failed(exc)
+            try:
                 leased = self._graph.lease_updates(
                     self._size, self._of._lease, self.destination.name
                 )
@@ -364,9 +370,7 @@ class _Line:
         served = self.served
         served.failures += 1
         served.failing += 1
-        # The text of what is not ours may hold anything.
-        told = str(exc) if isinstance(exc, RecognitionError) else type(exc).__name__
-        served.last_error = told
+        told = served.last_error = _tell(exc)
         first, longest = self._of._pauses
         pause = min(longest, first * 2.0 ** min(served.failing - 1, 30))
         pause *= random.uniform(0.5, 1.0)
@@ -405,12 +409,12 @@ class _Line:
         try:
             plan = plan_updates([item.update for item in leased])
             applied = self._apply(plan)
-        except BaseException as exc:
+        except Exception as exc:
             self._land()
-            if isinstance(exc, RecognitionError) and not exc.retryable:
-                self._give_back_refused(leased, exc)
-            else:
+            if getattr(exc, "retryable", False):
                 self._return(leased, exc)
+            else:
+                self._give_back_refused(leased, exc)
             raise
         self._land()
         self._settle(leased, plan, applied)
@@ -425,8 +429,13 @@ class _Line:
 
     def _apply(self, plan: Plan) -> Applied:
         started = time.monotonic()
+        name = self.destination.name
         try:
-            applied = self.destination.sink.apply(plan)
+            with span("recognition.apply", destination=name, updates=len(plan.updates)) as told:
+                applied = self.destination.sink.apply(plan)
+                told["rows_matched"] = applied.rows_matched
+                told["rows_changed"] = applied.rows_changed
+                told["statements"] = applied.statements
         finally:
             self.served.seconds += time.monotonic() - started
         self.served.rows_matched += applied.rows_matched
@@ -437,7 +446,7 @@ class _Line:
             self._of._watch(self.destination.name, plan, applied)
         return applied
 
-    def _return(self, leased: Sequence[Delivery], exc: BaseException) -> None:
+    def _return(self, leased: Sequence[Delivery], exc: Exception) -> None:
         self._graph.return_updates(
             [item.position for item in leased],
             type(exc).__name__,
@@ -445,7 +454,7 @@ class _Line:
             destination=self.destination.name,
         )
 
-    def _give_back_refused(self, leased: Sequence[Delivery], exc: RecognitionError) -> None:
+    def _give_back_refused(self, leased: Sequence[Delivery], exc: Exception) -> None:
         """
         The destination refused the window, and would again: smaller ones find out what it is.
 
@@ -463,7 +472,7 @@ class _Line:
         self._applied_since.discard(item.position)
         if count >= 3:
             self._refused.pop(item.position)
-            self._bury([(item, str(exc))])
+            self._bury([(item, _tell(exc))])
         else:
             self._hold([item.position], _delay(item.attempts, self._of._pauses[1]), applied=False)
 
@@ -482,7 +491,7 @@ class _Line:
         refused: dict[str, RecognitionError] = {**dict(plan.rejected), **dict(applied.rejected)}
         destination = self.destination
         counted = destination.sink.capabilities.counts_per_update
-        missing = find_unmatched(leased, plan, applied, counted=counted)
+        missing = _find_unmatched(leased, plan, applied, counted=counted)
         done: list[Delivery] = []
         held: list[int] = []
         dead: list[tuple[Delivery, str]] = []
@@ -541,11 +550,18 @@ class _Line:
         )
 
     def _report(self, update: UpdateByCriteria, rows: int) -> None:
-        if rows > 0:
-            found = self.served.unmatched.setdefault(update.table, Unmatched())
-            found.updates += 1
-            found.rows += rows
-            found.oldest = min(found.oldest or update.created_at, update.created_at)
+        """Rows that an update expected never came."""
+        found = self.served.unmatched.setdefault(update.table, Unmatched())
+        found.updates += 1
+        found.rows += rows
+        found.oldest = min(found.oldest or update.created_at, update.created_at)
+        _log.info(
+            "%s: update %s of table %s expected %d rows more than came",
+            self.destination.name,
+            update.id,
+            update.table,
+            rows,
+        )
 
     def _fill(self, stop: threading.Event) -> None:
         """Tell a new destination what the graph knew before it was registered."""
@@ -572,7 +588,7 @@ class _Line:
         _log.info("%s: was filled, %d updates", name, self.served.filled)
 
 
-def find_unmatched(
+def _find_unmatched(
     leased: Sequence[Delivery], plan: Plan, applied: Applied, *, counted: bool = True
 ) -> dict[str, int]:
     """
@@ -599,6 +615,11 @@ def find_unmatched(
         elif found < wanted:
             missing[update.id] = wanted - found
     return missing
+
+
+def _tell(exc: Exception) -> str:
+    """The text of what is not ours may hold anything."""
+    return str(exc) if isinstance(exc, RecognitionError) else type(exc).__name__
 
 
 def _delay(attempts: int, longest: float) -> float:

@@ -22,9 +22,16 @@ from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
 
 from recognition.delivery import Deliverer
-from recognition.errors import ConfigurationError, EventError, InputError, RecognitionError
+from recognition.errors import (
+    ConfigurationError,
+    EventError,
+    GraphError,
+    InputError,
+    RecognitionError,
+)
 from recognition.events import Event, Format, Reject, parse_event, read_events
 from recognition.recognizer import Recognition, Recognizer
+from recognition.tracing import span
 
 _log = logging.getLogger("recognition.worker")
 
@@ -87,6 +94,7 @@ class Worker:
         batch_size: How many events go into one transaction of the graph, at most.
         rejects: Called with what cannot be read as an event, by one thread at a time.
         pauses: The first and the longest pause before a source is started again, in seconds.
+        expire: Called when `run` begins and once a day: drops what is older than is kept.
     """
 
     def __init__(
@@ -99,7 +107,9 @@ class Worker:
         batch_size: int = 1000,
         rejects: Callable[[Reject], object] | None = None,
         pauses: tuple[float, float] = (1.0, 60.0),
+        expire: Callable[[], object] | None = None,
     ) -> None:
+        self._expire = expire
         self._recognizer = recognizer
         self.sources = list(sources)
         self._deliverer = deliverer
@@ -131,7 +141,11 @@ class Worker:
                 )
         batches = iter(read)
         while batch := list(islice(batches, self._batch_size)):
-            self._count(self._recognizer.process(batch))
+            with span("recognition.take", events=len(batch)) as told:
+                done = self._recognizer.process(batch)
+                told["claims"] = done.claims
+                told["updates"] = done.updates
+            self._count(done)
 
     def reject(self, reject: Reject) -> None:
         """Count and keep what became no event; by any thread."""
@@ -171,6 +185,10 @@ class Worker:
         if self._deliverer is not None:
             self._deliverer.register()
         feeding = list(threads)
+        if self._expire is not None:
+            threads.append(
+                threading.Thread(target=self._keep_young, args=(self._expire, stop), name="expiry")
+            )
         if once:
             threads.append(threading.Thread(target=self._end, args=(feeding, stop), name="the end"))
         for thread in threads:
@@ -186,6 +204,16 @@ class Worker:
                 thread.join()
         if self._failed is not None:
             raise self._failed
+
+    def _keep_young(self, expire: Callable[[], object], stop: threading.Event) -> None:
+        pause = 0.0
+        while not stop.wait(pause):
+            try:
+                expire()
+                pause = 86_400.0
+            except GraphError as exc:
+                _log.warning("what is too old was not dropped: %s", exc)
+                pause = 600.0
 
     def _end(self, feeding: Sequence[threading.Thread], stop: threading.Event) -> None:
         """Stop when there is nothing left to do."""
