@@ -786,7 +786,7 @@ def _elements(drawing: _Drawing) -> Mapping[str, object]:
             # A link has no direction: drawn downwards, all of a column are on the same side of it.
             if column == to and row > end:
                 data["source"], data["target"] = edge.target, edge.source
-            data["bend"] = 240 + 20 * abs(end - row) if column == to else 60
+            data["bend"] = min(240 + 20 * abs(end - row), 500) if column == to else 60
         elements.append({"data": data})
     return {"elements": elements}
 
