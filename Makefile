@@ -19,7 +19,7 @@ PYTEST_ARGS ?= -n 2
 demo: $(VENV)/base.stamp
 	$(BIN)/recognition demo
 
-test: $(VENV)/dev.stamp $(VENV)/fakesnow.stamp
+test: $(VENV)/dev.stamp $(VENV)/fakesnow.stamp $(VENV)/viewers.stamp
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/dev.stamp
@@ -52,3 +52,17 @@ $(VENV)/fakesnow.stamp: tests/fakesnow_requirements.txt | $(VENV)/base.stamp
 	$(PYTHON) -m venv --clear $(VENV)/fakesnow
 	$(VENV)/fakesnow/bin/python -m pip -qq --disable-pip-version-check install --requirement $<
 	@touch $@
+
+# Those who read Mermaid and DOT, for the tests of what they are given, and Cytoscape.js as it was
+# published. They run in Chromium; without npm these tests are skipped.
+$(VENV)/viewers.stamp: tests/viewers.txt | $(VENV)/base.stamp
+	@if ! command -v npm > /dev/null; then \
+	  echo "npm is missing: what is drawn is not read by Mermaid and Graphviz" >&2; \
+	else set -e; rm -rf $(VENV)/viewers; mkdir $(VENV)/viewers; \
+	  npm pack --silent --pack-destination $(VENV)/viewers $$(cat $<) > /dev/null; \
+	  cd $(VENV)/viewers; \
+	  tar -xzOf cytoscape-*.tgz package/dist/cytoscape.min.js > cytoscape.js; \
+	  tar -xzOf mermaid-*.tgz package/dist/mermaid.min.js > mermaid.js; \
+	  tar -xzOf viz-js-viz-*.tgz package/dist/viz-global.js > viz.js; \
+	  rm ./*.tgz; touch ../viewers.stamp; \
+	fi

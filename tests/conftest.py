@@ -6,6 +6,7 @@ import os
 import sqlite3
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    import browser as chromium
     import mariadb as mariadb_server
     import postgres as postgres_server
     from mongod import GivenServer
@@ -34,6 +36,7 @@ _ENGINES = (
     "psycopg2-binary",
     "redshift-connector",
     "sqlalchemy-redshift",
+    "selenium",
     "hypothesis",
 )
 
@@ -64,6 +67,12 @@ def pytest_report_header() -> str:
         pass
     else:
         found.append(describe_postgres())
+    try:
+        from browser import describe as describe_browser
+    except ImportError:  # no selenium
+        pass
+    else:
+        found.append(describe_browser())
     return f"engines: {', '.join(found)}"
 
 
@@ -103,6 +112,21 @@ def postgres() -> Iterator[postgres_server.GivenServer]:
         pytest.skip(str(error))
     with server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[chromium.Browser]:
+    """A Chromium; started when the first test asks, one for each worker of xdist."""
+    from browser import MissingBrowserError, open_browser
+
+    with ExitStack() as stack:
+        try:
+            opened = stack.enter_context(open_browser())
+        except MissingBrowserError as error:
+            if os.environ.get("RECOGNITION_TEST_REQUIRE_SERVERS") == "1":
+                raise
+            pytest.skip(str(error))
+        yield opened
 
 
 def pytest_unconfigure() -> None:

@@ -27,7 +27,7 @@ from recognition.graph.sqlite import SqliteGraph
 from test_cli import GRAPH, ROOT, SINK, Result, event, files, rows, write
 
 OTHER = "sqlite:///other.db"
-COMMANDS = ["init", "check", "stats", "export", "import", "compact"]
+COMMANDS = ["init", "check", "stats", "show", "export", "import", "compact"]
 
 Cli = Callable[..., Result]
 
@@ -155,6 +155,97 @@ def test_stats_count_as_the_command_of_that_name_does(graph: Cli) -> None:
     assert document.json == other.json
     assert document.json["claims"] == 1
     assert re.search(r"anonymous ids +2\n", table.out)
+
+
+@pytest.mark.parametrize("asked", ["u1", "user_id:u1", "email:ZO\u00cb@example.com"])
+def test_show_takes_any_identifier(graph: Cli, asked: str) -> None:
+    """`TYPE:VALUE` in any spelling; a bare value is a user id. The text goes to stdout alone."""
+    fill(graph)
+    result = graph("show", asked, "--graph", GRAPH)
+
+    assert (result.code, result.err) == (0, "")
+    assert "identifier email:zo\u00eb@example.com" in result.out
+    assert ", as Zo\u00eb@example.com\n" in result.out
+    assert re.search(r"claim 2026-01-01T10:02:00Z by user_id:u1, message m2\n", result.out)
+
+
+def test_show_of_a_device(graph: Cli) -> None:
+    """An anonymous id shows its timeline."""
+    fill(graph)
+    result = graph("show", "anonymous_id:a1", "--graph", GRAPH)
+
+    assert result.code == 0
+    assert "device a1\n" in result.out
+    assert "span from 2025-12-02T10:02:00Z: user_id:u1\n" in result.out
+
+
+@pytest.mark.parametrize(
+    ("format", "begins"),
+    [
+        ("text", "user_id:u1 in"),
+        ("json", '{\n  "kind"'),
+        ("mermaid", "flowchart LR\n"),
+        ("dot", "digraph recognition {\n"),
+        ("html", "<!DOCTYPE html>\n"),
+    ],
+)
+def test_show_has_formats(graph: Cli, format: str, begins: str) -> None:
+    """Each to stdout or, with -o, the same into a file that its owner alone may read."""
+    fill(graph)
+    shown = graph("show", "u1", "--graph", GRAPH, "--format", format)
+    written = graph("show", "u1", "--graph", GRAPH, "--format", format, "-o", "shown")
+
+    assert (shown.code, written.code, written.out) == (0, 0, "")
+    assert shown.out.startswith(begins)
+    assert Path("shown").read_text("utf-8") == shown.out
+    assert stat.S_IMODE(Path("shown").stat().st_mode) == 0o600
+    assert "shown: as secret as the graph" in written.err
+
+
+def test_show_takes_json_as_every_command(graph: Cli) -> None:
+    """--json is --format json; beside another format it is refused."""
+    fill(graph)
+    shown = graph("show", "u1", "--graph", GRAPH, "--json")
+    both = graph("show", "u1", "--graph", GRAPH, "--json", "--format", "html")
+
+    assert shown.json["kind"] == "graph_picture"
+    assert graph("show", "u1", "--graph", GRAPH, "--json", "--format", "json") == shown
+    assert (both.code, both.out) == (2, "")
+    assert "--json and --format html" in both.err
+
+
+def test_show_of_what_is_not_there_is_exit_code_1(graph: Cli) -> None:
+    """It says so in the format that was asked for."""
+    fill(graph)
+    text = graph("show", "nobody", "--graph", GRAPH)
+    document = graph("show", "nobody", "--graph", GRAPH, "--json")
+    other = graph("show", "u1", "--graph", GRAPH, "--workspace", "other")
+
+    assert (text.code, text.out) == (1, "user_id:nobody: never seen in workspace default\n")
+    assert (document.code, document.json["found"]) == (1, False)
+    assert (other.code, other.out) == (1, "user_id:u1: never seen in workspace other\n")
+
+
+def test_show_has_a_limit(graph: Cli) -> None:
+    """What is left out is said; less than one is wrong usage."""
+    fill(graph)
+    result = graph("show", "u1", "--graph", GRAPH, "--limit", "1")
+
+    assert "1 of 2 identifiers of user_id:u1 are left out\n" in result.out
+    assert graph("show", "u1", "--graph", GRAPH, "--limit", "0").code == 2
+
+
+def test_show_follows_the_rules_that_the_graph_was_decided_with(graph: Cli) -> None:
+    """As `explain`: without being asked; another policy is refused."""
+    events = [event(1, userId="u1"), event(2, userId="u2")]
+    policy = ("--policy", "first_claim")
+    graph(write("e.ndjson", events), "--graph", GRAPH, *policy, command="run")
+    result = graph("show", "anonymous_id:a1", "--graph", GRAPH)
+    other = graph("show", "u1", "--graph", GRAPH, "--policy", "last_login")
+
+    assert "policy first_claim" in result.out
+    assert "span from 2025-12-02T10:01:00Z: user_id:u1\n" in result.out
+    assert other.code == 2
 
 
 @pytest.mark.parametrize("name", ["moved.ndjson", "moved.ndjson.gz"])
@@ -306,10 +397,10 @@ def test_compact_says_what_came_free(graph: Cli) -> None:
     assert counts(graph, GRAPH)["anonymous_ids"] == 0
 
 
-@pytest.mark.parametrize("command", [*COMMANDS[1:4], "compact"])
+@pytest.mark.parametrize("command", ["check", "stats", "show u1", "export", "compact"])
 def test_commands_that_read_make_no_graph(graph: Cli, command: str) -> None:
     """Where there is no graph, none is made: exit code 2."""
-    result = graph(command, "--graph", GRAPH)
+    result = graph(*command.split(), "--graph", GRAPH)
 
     assert result.code == 2
     assert "there is no graph" in result.err

@@ -998,8 +998,7 @@ def _graph_show(arguments: argparse.Namespace) -> int:
         picture = recognizer.show(identifier, arguments.limit)
     document = render(picture, asked)
     with _open_output(arguments.output) as file:
-        # What came from a command line may hold bytes that are no text.
-        file.write(document.encode("utf-8", "backslashreplace"))
+        file.write(document.encode())
     if arguments.output != "-":
         _say(arguments, f"{arguments.output}: as secret as the graph itself")
     return _DONE if picture.found else _REJECTED

@@ -120,7 +120,7 @@ def _left_out(picture: Picture) -> list[str]:
 
 
 def _printable(text: str) -> str:
-    """Without characters that would do something to a terminal, or are no text at all."""
+    """Without characters that would do something to a terminal."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
     )
@@ -391,6 +391,9 @@ _MERMAID_EDGES = {
 }
 # Between letters and digits these mean nothing to Markdown either, which labels go through.
 _PLAIN = re.compile(r"[A-Za-z0-9 ]|(?<=[A-Za-z0-9])[-_.:,](?=[A-Za-z0-9])")
+# In every spelling it takes these for a line break and for mathematics: a sign without width comes
+# between the two (U+2060).
+_PAIRS = re.compile(r"\\(?=n)|\$(?=\$)")
 
 
 def _mermaid(picture: Picture) -> str:
@@ -456,16 +459,16 @@ def _mermaid_label(lines: Iterable[str]) -> str:
             c if _PLAIN.match(line, place) else f"#{ord(_harmless(c))};"
             for place, c in enumerate(line)
         )
-        for line in lines
+        for line in (_PAIRS.sub("\\g<0>\u2060", line) for line in lines)
     )
 
 
 def _harmless(character: str) -> str:
-    """The character, or where it is a control or half of one, the sign that stands for it."""
+    """The character, or where it is a control, the sign that stands for it."""
     number = ord(character)
     if number < 0x20:
         return chr(0x2400 + number)
-    return "\ufffd" if number == 0x7F or 0xD800 <= number < 0xE000 else character
+    return "\u2421" if number == 0x7F else character
 
 
 # -------------------------------------------------------------------------------------------- DOT
@@ -783,7 +786,7 @@ def _elements(drawing: _Drawing) -> Mapping[str, object]:
             # A link has no direction: drawn downwards, all of a column are on the same side of it.
             if column == to and row > end:
                 data["source"], data["target"] = edge.target, edge.source
-            data["bend"] = 240 + 20 * abs(end - row) if column == to else 60
+            data["bend"] = min(240 + 20 * abs(end - row), 500) if column == to else 60
         elements.append({"data": data})
     return {"elements": elements}
 

@@ -46,6 +46,11 @@
     ],
   });
   picture.style().selector("node:selected").style({ width: 190, "border-color": "#000" }).update();
+  // A long column is begun at its top, large enough to be read; the rest is a drag away.
+  if (picture.zoom() < 0.6) {
+    picture.zoom(0.8).center();
+    picture.pan({ x: picture.pan().x, y: 60 });
+  }
   picture.on("tap", "node[back], edge", (event) => { told.textContent = event.target.data("details"); });
   picture.on("tap", (event) => { if (event.target === picture) told.textContent = ""; });
   globalThis.picture = picture;
