@@ -40,8 +40,9 @@ def run_spark(*command: str, timeout: float) -> str:
         *("--conf", "spark.driver.bindAddress=127.0.0.1"),
         *("--conf", "spark.driver.host=127.0.0.1"),
         *("--conf", "spark.ui.showConsoleProgress=false"),
+        *("--conf", "spark.default.parallelism=1"),
         *("--conf", "spark.sql.codegen.wholeStage=false"),  # short jobs: do not compile them
-        *("--driver-java-options", "-XX:TieredStopAtLevel=1"),
+        *("--driver-java-options", "'-XX:TieredStopAtLevel=1 -XX:+UseSerialGC'"),
         "pyspark-shell",
     ]
     done = subprocess.run(

@@ -86,7 +86,7 @@ class SparkSink:
             SinkError: Partitions that are named by now are whole, the others as before.
         """
         with self._translated():
-            columns = self._spark.table(table).columns
+            columns = self._spark.table(_named(table)).columns
             self._publish(table, frame.select(*map(_quote, columns)), self._partitions_of(table))
 
     def compile(self, step: Step) -> str:
@@ -146,7 +146,7 @@ class SparkSink:
     def _refuse(self, step: Step) -> dict[str, RecognitionError]:
         """The updates of a step that the table cannot take."""
         shape, table = step.shape, step.table
-        if not self._spark.catalog.tableExists(table):
+        if not self._spark.catalog.tableExists(_named(table)):
             return _all(step, TableError(f"the catalog has no table {table!r}"))
         types = self._types(table)
         partitions = self._partitions_of(table)
@@ -219,7 +219,7 @@ class SparkSink:
         """The table, as far as the steps may speak of it: whole partitions."""
         from pyspark.sql import functions as F
 
-        frame = self._spark.table(table)
+        frame = self._spark.table(_named(table))
         bounds = [
             next((bound for bound in step.bounds if bound.column == self._time), None)
             for step in steps
@@ -296,7 +296,7 @@ class SparkSink:
         """Write whole partitions to a new folder, then tell the catalog of each."""
         folder = f"{self._folder}/{table}/{uuid4().hex}"
         frame.write.partitionBy(*partitions).parquet(folder)
-        named = ".".join(map(_quote, table.split(".")))
+        named = _named(table)
         written = self._spark.read.schema(frame.schema).parquet(folder)
         found = written.select(*map(_quote, partitions)).distinct().collect()
         # Of other values the names of the folders are made in another way.
@@ -315,13 +315,13 @@ class SparkSink:
                 f"ALTER TABLE {named} ADD IF NOT EXISTS PARTITION ({partition}) LOCATION {location}"
             )
             self._spark.sql(f"ALTER TABLE {named} PARTITION ({partition}) SET LOCATION {location}")
-        self._spark.catalog.refreshTable(table)
+        self._spark.catalog.refreshTable(named)
 
     def _partitions_of(self, table: str) -> list[str]:
-        return [c.name for c in self._spark.catalog.listColumns(table) if c.isPartition]
+        return [c.name for c in self._spark.catalog.listColumns(_named(table)) if c.isPartition]
 
     def _types(self, table: str) -> dict[str, str]:
-        return {name.lower(): kind for name, kind in self._spark.table(table).dtypes}
+        return {name.lower(): kind for name, kind in self._spark.table(_named(table)).dtypes}
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -370,6 +370,10 @@ def _stage_row(row: StagedRow, shape: Shape, types: Mapping[str, str]) -> tuple[
 
 def _quote(name: str) -> str:
     return "`" + name.replace("`", "``") + "`"
+
+
+def _named(table: str) -> str:
+    return ".".join(map(_quote, table.split(".")))
 
 
 def _literal(value: object) -> str:
