@@ -19,15 +19,23 @@ from __future__ import annotations
 import io
 import re
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import reduce
 from operator import and_
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from recognition.errors import RecognitionError, SinkError, TableError, ValueRefusedError
+from recognition.errors import (
+    RecognitionError,
+    SinkError,
+    TableError,
+    UnsupportedPolicyError,
+    ValueRefusedError,
+)
 from recognition.messages import VERSION_COLUMN, to_text
 from recognition.planner import Plan, Shape, StagedRow, Step
 from recognition.sinks import Applied, AppliedStep, Capabilities
@@ -41,7 +49,6 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _HELD: Mapping[str, tuple[type, ...]] = {
     "string": (str, int, float, bool),
     "bigint": (int,),
-    "int": (int,),
     "double": (int, float),
     "boolean": (bool,),
 }
@@ -98,44 +105,43 @@ class SparkSink:
 
     def apply(self, plan: Plan) -> Applied:
         """
-        See `recognition.sinks.Sink`. Reads the days that the plan speaks of, twice where it changes
-        something; the staged rows are sent to every executor.
+        See `recognition.sinks.Sink`. All steps of a table are one job that counts, and, where rows
+        change, a second one that writes; the staged rows are sent to every executor.
 
         Raises:
             SinkError: Partitions that were rewritten are whole, the others as before; applying the
                 plan again does the rest.
         """
         rejected: dict[str, RecognitionError] = dict(plan.rejected)
-        steps: list[AppliedStep] = []
-        statements = 0
+        done: list[AppliedStep] = []
+        jobs = 0
         with self._translated():
-            for table in dict.fromkeys(step.table for step in plan.steps):
+            # All of them first: of an update that is refused no other piece is applied either.
+            for step in plan.steps:
+                rejected.update(self._refuse(step))
+            accepted: defaultdict[str, list[Step]] = defaultdict(list)
+            for step in plan.steps:
+                rows = tuple(row for row in step.rows if row.update_id not in rejected)
+                if rows:
+                    accepted[step.table].append(replace(step, rows=rows))
+            for table, steps in accepted.items():
                 started = time.perf_counter()
-                accepted = []
-                for step in plan.steps:
-                    if step.table == table:
-                        refused = self._refuse(step)
-                        rejected.update(refused)
-                        rows = tuple(row for row in step.rows if row.update_id not in refused)
-                        if rows:
-                            accepted.append(Step(level=step.level, shape=step.shape, rows=rows))
-                if accepted:
-                    matched, changed, sent = self._run(table, accepted)
-                    statements += sent
-                    steps.append(
-                        AppliedStep(
-                            table=table,
-                            rows_matched=matched,
-                            rows_changed=changed,
-                            seconds=time.perf_counter() - started,
-                        )
+                matched, changed, ran = self._run(table, steps)
+                jobs += ran
+                done.append(
+                    AppliedStep(
+                        table=table,
+                        rows_matched=matched,
+                        rows_changed=changed,
+                        seconds=time.perf_counter() - started,
                     )
+                )
         return Applied(
-            rows_matched=sum(step.rows_matched for step in steps),
-            rows_changed=sum(step.rows_changed for step in steps),
-            steps=tuple(steps),
+            rows_matched=sum(step.rows_matched for step in done),
+            rows_changed=sum(step.rows_changed for step in done),
+            steps=tuple(done),
             rejected=tuple(rejected.items()),
-            statements=statements,
+            statements=jobs,
         )
 
     def close(self) -> None:
@@ -154,16 +160,16 @@ class SparkSink:
             return _all(step, TableError(f"table {table!r} is not partitioned"))
         wanted = {*shape.columns, *shape.equals, *shape.empty, *shape.times}
         missing = sorted(name for name in wanted if name.lower() not in types)
-        if not shape.versioned or missing:
-            needed = VERSION_COLUMN if not shape.versioned else ", ".join(missing)
-            hint = (
-                f"; ALTER TABLE {table} ADD COLUMNS ({VERSION_COLUMN} BIGINT), and set"
-                " supersede = version for the table"
-                if needed == VERSION_COLUMN
-                else ""
-            )
+        if missing:
+            return _all(step, TableError(f"table {table!r} has no column {', '.join(missing)}"))
+        if not shape.versioned:
             return _all(
-                step, TableError(f"table {table!r}: updates need the column {needed}{hint}")
+                step,
+                UnsupportedPolicyError(
+                    f"table {table!r}: only updates that set {VERSION_COLUMN} can be ordered here."
+                    f" ALTER TABLE {table} ADD COLUMNS ({VERSION_COLUMN} BIGINT), and set supersede"
+                    " = version"
+                ),
             )
         for name in shape.columns:
             if name.lower() in (column.lower() for column in partitions):
@@ -180,11 +186,14 @@ class SparkSink:
             pairs = [*zip(shape.columns, row.values, strict=True)]
             pairs += zip(shape.equals, row.equals, strict=True)
             for name, value in pairs:
-                held = _HELD[types[name.lower()]]
-                if value is not None and type(value) not in held:
+                kind = types[name.lower()]
+                fits = value is None or type(value) in _HELD[kind]
+                if fits and kind == "bigint" and isinstance(value, int):
+                    fits = -(2**63) <= value < 2**63
+                if not fits:
                     refused[row.update_id] = ValueRefusedError(
-                        f"table {table!r}, column {name!r}: it is {types[name.lower()]}, the value"
-                        f" is of type {type(value).__name__}"
+                        f"table {table!r}, column {name!r}: it is {kind}, which does not hold this"
+                        f" value of type {type(value).__name__}"
                     )
         return refused
 
@@ -251,7 +260,10 @@ class SparkSink:
             [
                 f"{_STAGE}sequence bigint",
                 *(f"{_STAGE}equal_{n} {types[c.lower()]}" for n, c in enumerate(shape.equals)),
-                *(f"{_STAGE}start_{n} bigint, {_STAGE}end_{n} bigint" for n in _places(shape)),
+                *(
+                    f"{_STAGE}start_{n} bigint, {_STAGE}end_{n} bigint"
+                    for n in range(len(shape.times))
+                ),
                 *(f"{_STAGE}value_{n} {types[c.lower()]}" for n, c in enumerate(shape.columns)),
             ]
         )
@@ -326,14 +338,16 @@ class SparkSink:
     @contextmanager
     def _translated(self) -> Iterator[None]:
         from py4j.protocol import Py4JError
-        from pyspark.errors import PySparkException
+        from pyspark.errors import AnalysisException, PySparkException
 
         try:
             yield
+        except AnalysisException as exc:
+            raise SinkError(f"Spark refused the plan ({exc.getCondition()})", written=None) from exc
         except (PySparkException, Py4JError) as exc:
             raise SinkError(
                 f"Spark failed ({type(exc).__name__}). Partitions that were rewritten before are"
-                " whole, the others as they were; apply the same plan again.",
+                " whole, the others as they were; do the same again.",
                 written=None,
                 retryable=True,
             ) from exc
@@ -345,12 +359,8 @@ _MATCHED = "recognition_stage_matched"
 _CHANGED = "recognition_stage_changed"
 
 
-def _all(step: Step, error: TableError) -> dict[str, RecognitionError]:
+def _all(step: Step, error: RecognitionError) -> dict[str, RecognitionError]:
     return {row.update_id: error for row in step.rows}
-
-
-def _places(shape: Shape) -> Collection[int]:
-    return range(len(shape.times))
 
 
 def _stage_row(row: StagedRow, shape: Shape, types: Mapping[str, str]) -> tuple[Any, ...]:
@@ -363,7 +373,8 @@ def _stage_row(row: StagedRow, shape: Shape, types: Mapping[str, str]) -> tuple[
     return (
         row.sequence,
         *(held(name, value) for name, value in zip(shape.equals, row.equals, strict=True)),
-        *(end for interval in row.intervals for end in interval),
+        *(start for start, _ in row.intervals),
+        *(end for _, end in row.intervals),
         *(held(name, value) for name, value in zip(shape.columns, row.values, strict=True)),
     )
 
