@@ -19,7 +19,7 @@ PYTEST_ARGS ?= -n 2
 demo: $(VENV)/base.stamp
 	$(BIN)/recognition demo
 
-test: $(VENV)/dev.stamp $(VENV)/fakesnow.stamp $(VENV)/viewers.stamp
+test: $(VENV)/dev.stamp $(VENV)/fakesnow.stamp $(VENV)/viewers.stamp $(VENV)/spark.stamp
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/dev.stamp
@@ -66,3 +66,13 @@ $(VENV)/viewers.stamp: tests/viewers.txt | $(VENV)/base.stamp
 	  tar -xzOf viz-js-viz-*.tgz package/dist/viz-global.js > viz.js; \
 	  rm ./*.tgz; touch ../viewers.stamp; \
 	fi
+
+# Spark, for the tests of files: unpacked as it is published. To install it pip makes a wheel of its
+# 450 MB first, which takes longer than the tests do.
+$(VENV)/spark.stamp: tests/spark_requirements.txt | $(VENV)/base.stamp
+	rm -rf $(VENV)/spark
+	mkdir $(VENV)/spark
+	$(PIP) download --no-deps --no-binary pyspark --dest $(VENV)/spark --requirement $<
+	tar -xzf $(VENV)/spark/pyspark-*.tar.gz --strip-components=1 -C $(VENV)/spark
+	rm $(VENV)/spark/pyspark-*.tar.gz
+	@touch $@

@@ -54,9 +54,9 @@ HARMLESS = {
 
 DRIVERS = {
     "clickhouse_connect", "confluent_kafka", "duckdb", "duckdb_engine", "hjson", "numpy",
-    "opentelemetry", "pandas", "prometheus_client", "psycopg", "psycopg2", "pyarrow", "pymongo",
-    "redshift_connector", "rich", "snowflake", "sqlalchemy", "sqlalchemy_redshift", "sqlite3",
-    "starlette", "urllib3", "uvicorn", "yaml",
+    "opentelemetry", "pandas", "prometheus_client", "psycopg", "psycopg2", "py4j", "pyarrow",
+    "pymongo", "pyspark", "redshift_connector", "rich", "snowflake", "sqlalchemy",
+    "sqlalchemy_redshift", "sqlite3", "starlette", "urllib3", "uvicorn", "yaml",
 }  # fmt: skip
 
 PYDANTIC = {
@@ -132,6 +132,14 @@ def test_importing_the_library_loads_no_driver() -> None:
     loaded = {name.split(".")[0] for name in _loaded_by("import recognition")}
 
     assert "recognition" in loaded
+    assert loaded & DRIVERS == set()
+
+
+def test_what_needs_the_callers_spark_or_loop_is_imported_without_a_driver() -> None:
+    """`recognition.aio` and `recognition.sinks.spark` load neither drivers nor Spark."""
+    statement = "import recognition.aio, recognition.sinks.spark"
+    loaded = {name.split(".")[0] for name in _loaded_by(statement)}
+
     assert loaded & DRIVERS == set()
 
 

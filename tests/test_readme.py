@@ -9,6 +9,8 @@ import sqlite3
 import tomllib
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -109,6 +111,74 @@ def test_the_library_examples_do_what_they_say(
 
     assert _users() == ["u1", "u1"]
     assert capsys.readouterr().out.split()[0] == "1"
+
+
+WEEK = {
+    "monday": [("m1", "a1", None)],
+    "tuesday": [("m2", "a1", "u1"), ("m3", "a2", None)],
+    "wednesday": [("m4", "a2", None), ("m5", "a3", None)],
+    "thursday": [("m6", "a2", "u2"), ("m7", "a1", None)],
+    "friday": [("m8", "a3", "u3"), ("m9", "a3", None)],
+}
+
+
+def _lines(day: str) -> list[str]:
+    """A day's events as NDJSON, a second apart."""
+    return [
+        json.dumps(
+            {
+                "messageId": message_id,
+                "type": "page" if user_id is None else "identify",
+                "anonymousId": anonymous_id,
+                "userId": user_id,
+                "timestamp": f"2026-01-01T10:00:{message_id[1:]:0>2}Z",
+            }
+        )
+        for message_id, anonymous_id, user_id in WEEK[day]
+    ]
+
+
+def test_the_blocks_of_the_embedding_page_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One after the other they take a week of events, and each row has its user in the end."""
+    monkeypatch.chdir(tmp_path)
+    for day in WEEK:
+        Path(f"{day}.ndjson").write_text("\n".join(_lines(day)) + "\n")
+    with closing(sqlite3.connect("warehouse.db")) as connection:
+        connection.execute(
+            "CREATE TABLE events (message_id TEXT PRIMARY KEY, type TEXT, anonymous_id TEXT,"
+            " user_id TEXT, timestamp INTEGER)"
+        )
+    names: dict[str, Any] = {}
+    calls, awaited, partitions = [
+        compile(block, "embed.md", "exec")
+        for block in _blocks(ROOT / "docs" / "embed.md", "python")
+    ]
+    exec(calls, names)
+    after_tuesday = _users()
+    exec(awaited, names)
+    after_thursday = _users()
+    exec(partitions, names)
+    names["take_partition"](SimpleNamespace(value=line) for line in _lines("friday"))
+    names["deliver"](names["graph"], names["sink"])
+    names["warehouse"].close()
+    names["sink"].close()
+    names["graph"].close()
+
+    assert capsys.readouterr().out == "1 rows changed\n"
+    assert after_tuesday == ["u1", "u1", None]
+    assert after_thursday == ["u1", "u1", "u2", "u2", None, "u2", "u1"]
+    assert _users() == ["u1", "u1", "u2", "u2", "u3", "u2", "u1", "u3", "u3"]
+
+
+def test_the_commands_of_the_embedding_page_name_examples_that_exist() -> None:
+    """They are there; tests/test_spark.py and tests/test_dagster.py run them."""
+    text = (ROOT / "docs" / "embed.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"examples/\w+\.py", text))
+
+    assert named == {"examples/spark_foreach_batch.py", "examples/dagster_recognition.py"}
+    assert [name for name in named if not (ROOT / name).is_file()] == []
 
 
 def test_the_example_of_the_readme_is_short() -> None:
