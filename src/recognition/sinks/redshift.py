@@ -17,12 +17,16 @@ The dialect is that of ``sqlalchemy-redshift``, but for its reflection, which as
 the catalogue that newer patches and SQLAlchemy do not agree on. Tables are looked up in the part of
 ``pg_catalog`` that Redshift has in common with PostgreSQL 8.
 
+Large stages go by way of an S3 bucket, where one is named: there is no ``COPY FROM STDIN``.
+
 Times: a ``timestamp`` or ``date`` is taken to be UTC, a ``timestamptz`` is a moment.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
+import logging
 import math
 import re
 import struct
@@ -34,6 +38,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, ClassVar, cast
+from uuid import uuid4
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import registry
@@ -63,6 +68,8 @@ from recognition.sinks.sql import (
     Transaction,
 )
 
+_log = logging.getLogger("recognition.sinks.redshift")
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _FIRST_TIME = (datetime.min.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND
@@ -82,6 +89,28 @@ _TIMES = {"date", "timestamp", "timestamptz"}
 # psycopg2 writes values into its text, and redshift_connector binds 32,767 at most.
 _PAGE_BYTES = 15_000_000
 _PAGE_VALUES = 32_767
+
+# What COPY takes as one row: https://docs.aws.amazon.com/redshift/latest/dg/r_COPY.html.
+_COPY_ROW_BYTES = 4 * 1024 * 1024
+
+# A bucket and a prefix (https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html,
+# ..object-keys.html, of whose safe characters no quote is one), a role or several in a chain
+# (https://docs.aws.amazon.com/redshift/latest/dg/copy-parameters-authorization.html), a region.
+_S3_OPTIONS = {
+    "s3": (
+        r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([\w!.*/-]*))?",
+        "is a bucket and, if wanted, a prefix: s3://bucket/prefix",
+    ),
+    "iam_role": (
+        r"default|arn:[\w:/+=.@-]+(,arn:[\w:/+=.@-]+)*",
+        "is default, or the ARN of a role",
+    ),
+    "s3_region": (r"[a-z0-9-]+", "is a region, such as eu-west-1"),
+}
+
+# What S3 says to those whom it does not let in, or whose bucket is not there:
+# https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
+_S3_LOGIN = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 
 # For how long a connection is used. redshift_connector keeps every text that it ever sent.
 _RECYCLED = 1_800  # seconds
@@ -213,12 +242,21 @@ class RedshiftSink(SqlSink):
         statement_timeout: After how many seconds the server ends a statement.
         lock_tables: Lock the tables of a plan too, for databases whose isolation is SERIALIZABLE
             and whose loaders would be in the way again and again. Whoever reads them waits then.
+        s3: ``s3://bucket/prefix``: stages that one INSERT does not hold are put there, copied and
+            removed. The credentials are those that boto3 finds; ``boto3`` comes with
+            ``redshift_connector``. This and the next two may also stand in the URL.
+        iam_role: With which role the cluster reads the bucket, by its ARN, or ``default``.
+        s3_region: Where the bucket is, if not where the cluster is.
     """
 
     indexed = False
     ledger_first = True  # it is the lock
     text = sa.String(_WIDEST)
     collating = ()
+
+    #: A stage of more INSERTs goes by way of the bucket, where one was named.
+    insert_pages: ClassVar[int] = 1
+
     types: ClassVar[Mapping[str, str]] = {
         "text": f"VARCHAR({_WIDEST})",
         "time": "TIMESTAMPTZ",
@@ -241,6 +279,9 @@ class RedshiftSink(SqlSink):
         settings: Mapping[str, str] = _SETTINGS,
         statement_timeout: float = 3_600.0,
         lock_tables: bool = False,
+        s3: str | None = None,
+        iam_role: str = "default",
+        s3_region: str | None = None,
     ) -> None:
         for name, value in settings.items():
             if not re.fullmatch(r"[a-z_]+(\.[a-z_]+)?", name) or not re.fullmatch(_PLAIN, value):
@@ -257,6 +298,7 @@ class RedshiftSink(SqlSink):
         }
         self._statement_timeout = statement_timeout
         self._locks_tables = lock_tables
+        self._s3_options = {"s3": s3, "iam_role": iam_role, "s3_region": s3_region}
         super().__init__(
             url,
             timeout=timeout,
@@ -270,6 +312,8 @@ class RedshiftSink(SqlSink):
             parsed = make_url(url)
         except (sa.exc.ArgumentError, ValueError) as exc:
             raise ConfigurationError(_URLS) from exc
+        self._bucket = _open_bucket({**self._s3_options, **parsed.query}, timeout)
+        parsed = parsed.difference_update_query(_S3_OPTIONS)
         if parsed.drivername == "redshift+psycopg2":
             options: dict[str, Any] = {
                 "application_name": "recognition",
@@ -321,6 +365,12 @@ class RedshiftSink(SqlSink):
     def exists(self) -> bool:
         """The server says when there is none."""
         return True
+
+    def close(self) -> None:
+        """Close all connections, those to the bucket too."""
+        super().close()
+        if self._bucket is not None:
+            self._bucket.close()
 
     # Tables -------------------------------------------------------------------------------------
 
@@ -461,10 +511,11 @@ class RedshiftSink(SqlSink):
         lists: Sequence[Sequence[Any]],
     ) -> None:
         """
-        By INSERTs of many rows.
+        By INSERTs of many rows; where one is not enough and a bucket was named, by COPY from there.
 
         One row at a time would be a round trip for each of them, and SQLAlchemy's own way to insert
-        many compiles anew each time, because the dialect caches no statements.
+        many compiles anew each time, because the dialect caches no statements. One INSERT takes
+        less time than an object that is put, read and removed.
         """
         converted = []
         for column, values in zip(columns, lists, strict=True):
@@ -473,8 +524,20 @@ class RedshiftSink(SqlSink):
                 values = [None if value is None else change(value) for value in values]
             converted.append(values)
         named = ", ".join(self._quote(column.name) for column in columns)
+        rows = [*zip(*converted, strict=True)]
+        pages = [*_pages(rows)]
+        if self._bucket is not None and len(pages) > self.insert_pages:
+            null = _choose_null(rows)
+            lines = [_write_line(row, null) for row in rows]
+            if max(map(len, lines)) <= _COPY_ROW_BYTES:
+                with self._bucket.holding(gzip.compress(b"".join(lines), 1)) as source:
+                    transaction.execute_text(
+                        f"COPY {self._quote(name)} ({named}) {source} FORMAT AS CSV GZIP"
+                        f" NULL AS '{null}' TIMEFORMAT 'auto' COMPUPDATE OFF STATUPDATE OFF"
+                    )
+                return
         marks = f"({', '.join(['%s'] * len(columns))})"
-        for page in _pages([*zip(*converted, strict=True)]):
+        for page in pages:
             transaction.statements += 1
             all_marks = ", ".join([marks] * len(page))
             transaction.connection.exec_driver_sql(
@@ -646,6 +709,14 @@ class RedshiftSink(SqlSink):
     def translate(self, error: BaseException | None) -> SinkError:
         """By the SQLSTATE, and by Redshift's own numbers where that is ``XX000``."""
         state, said = _read(error)
+        if state == "XX000" and said.startswith("S3ServiceException"):
+            # https://docs.aws.amazon.com/redshift/latest/dg/s3serviceexception-error.html
+            return SinkError(
+                "the cluster could not read the stage from the bucket of s3; all was rolled back, "
+                "a retry does not help; the role of iam_role needs s3:GetObject and s3:ListBucket "
+                "there, and to be attached to the cluster; a bucket of another region needs "
+                "s3_region"
+            )
         number = said[:4] if state == "XX000" else "1023" if state in _RETRIED else ""
         if number in _VIOLATIONS:
             return SinkUnavailableError(
@@ -877,6 +948,156 @@ def _wire(column: StageColumn) -> Callable[[Any], Any] | None:
     if like.kind == "decimal":
         return lambda number: Decimal(repr(number))
     return float if like.kind == "float" else None
+
+
+class _Bucket:
+    """
+    Where large stages are put, to be copied from there.
+
+    Args:
+        name, prefix: As the URL has them.
+        source: What COPY says behind the object's name: who reads it, and where it is.
+        timeout: How long S3 may take to answer, in seconds.
+    """
+
+    def __init__(self, name: str, prefix: str, source: str, timeout: float) -> None:
+        try:
+            import boto3
+            from botocore.config import Config
+        except ModuleNotFoundError as exc:
+            raise MissingDependencyError(
+                f"a bucket needs the package {exc.name!r}, which is not installed; "
+                "run: pip install boto3"
+            ) from exc
+        self._name = name
+        self._prefix = prefix
+        self._source = source
+        seconds = max(2.0, timeout)
+        self._session = boto3.session.Session()
+        self._config = Config(
+            connect_timeout=seconds, read_timeout=seconds, retries={"mode": "standard"}
+        )
+        self._client: Any = None
+
+    @contextmanager
+    def holding(self, data: bytes) -> Iterator[str]:
+        """
+        Put the data there for as long as the block takes; gives what COPY names it by.
+
+        Raises:
+            SinkError: S3 does not take it. Nothing was written; whether a retry helps is said.
+        """
+        key = f"{self._prefix}{uuid4()}.csv.gz"
+        self._ask("s3:PutObject", "put_object", Key=key, Body=data)
+        try:
+            yield f"FROM 's3://{self._name}/{key}' {self._source}"
+        finally:
+            try:
+                self._ask("s3:DeleteObject", "delete_object", Key=key)
+            except SinkError as error:
+                # It was read, or never will be. A rule of the bucket may remove it.
+                _log.warning("a stage was left in the bucket: %s", error)
+
+    def close(self) -> None:
+        """Close the connections; the next call opens new ones."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    def _ask(self, needed: str, call: str, **arguments: object) -> None:
+        from botocore.exceptions import (
+            BotoCoreError,
+            ClientError,
+            HTTPClientError,
+        )
+        from botocore.exceptions import (
+            ConnectionError as NoConnectionError,
+        )
+
+        where = f"bucket {self._name!r}"
+        try:
+            if self._client is None:
+                self._client = self._session.client("s3", config=self._config)
+            getattr(self._client, call)(Bucket=self._name, **arguments)
+        except ClientError as exc:
+            code = str(exc.response.get("Error", {}).get("Code", ""))
+            status = int(exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+            if status >= 500 or status == 429:
+                raise SinkUnavailableError(
+                    f"{where} is not available ({code}); nothing was written, a retry may help"
+                ) from exc
+            if code in _S3_LOGIN:
+                reason = "the credentials that boto3 found were refused or have expired"
+            elif code == "NoSuchBucket":
+                reason = "there is none of this name"
+            else:
+                reason = f"it was refused; {needed} is needed"
+            raise SinkError(
+                f"{where}: {reason} ({code}); nothing was written, a retry does not help"
+            ) from exc
+        except (HTTPClientError, NoConnectionError) as exc:
+            raise SinkUnavailableError(
+                f"{where}: S3 cannot be reached ({type(exc).__name__}); nothing was written, a "
+                "retry may help"
+            ) from exc
+        except BotoCoreError as exc:
+            raise SinkError(
+                f"{where}: boto3 finds no credentials or no region for it "
+                f"({type(exc).__name__}); nothing was written, a retry does not help"
+            ) from exc
+
+
+def _open_bucket(options: Mapping[str, object], timeout: float) -> _Bucket | None:
+    """What the options mean together; ``None`` where no bucket is named."""
+    if options.get("s3") is None:
+        return None
+    told: dict[str, re.Match[str]] = {}
+    for name, (pattern, meant) in _S3_OPTIONS.items():
+        value = options.get(name)
+        if value is not None:
+            found = re.fullmatch(pattern, value, re.ASCII) if isinstance(value, str) else None
+            if found is None:
+                raise ConfigurationError(f"{name} {meant}")
+            told[name] = found
+    role = told["iam_role"][0]
+    source = f"IAM_ROLE {role}" if role == "default" else f"IAM_ROLE '{role}'"
+    if "s3_region" in told:
+        source += f" REGION '{told['s3_region'][0]}'"
+    prefix = (told["s3"][2] or "").strip("/")
+    return _Bucket(told["s3"][1], f"{prefix}/" if prefix else "", source, timeout)
+
+
+def _choose_null(rows: Sequence[tuple[Any, ...]]) -> str:
+    """What no text of the rows is: whether quotes tell it from a text is written nowhere."""
+    texts = {value for row in rows for value in row if isinstance(value, str)}
+    null = "@null"
+    while null in texts:
+        null += "@"
+    return null
+
+
+def _write_line(row: tuple[Any, ...], null: str) -> bytes:
+    """
+    A line of CSV.
+
+    https://docs.aws.amazon.com/redshift/latest/dg/copy-parameters-data-format.html: within quotes
+    a delimiter and the end of a line are text, and a quote is two.
+    """
+    cells = []
+    for value in row:
+        if value is None:
+            cells.append(null)
+        elif isinstance(value, str):
+            cells.append(f'"{value.replace(chr(34), chr(34) * 2)}"')
+        elif isinstance(value, datetime):
+            # https://docs.aws.amazon.com/redshift/latest/dg/automatic-recognition.html
+            zone = "" if value.tzinfo is None else "+00"
+            cells.append(f"{value.replace(tzinfo=None).isoformat(sep=' ')}{zone}")
+        elif isinstance(value, Decimal):
+            cells.append(f"{value:f}")
+        else:
+            cells.append(str(value).lower() if isinstance(value, bool) else str(value))
+    return f"{','.join(cells)}\n".encode()
 
 
 def _pages(rows: Sequence[tuple[Any, ...]]) -> Iterator[Sequence[tuple[Any, ...]]]:
