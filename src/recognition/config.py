@@ -146,6 +146,8 @@ class Settings(_Table):
     """The URL of the graph: `sqlite:///path`, `mongodb://host/database` or `memory://`."""
     sink: Annotated[str | None, Field(repr=False)] = None
     """The URL of the sink. Without one, updates stay in the graph's outbox."""
+    sink_options: Annotated[dict[str, Any], Field(repr=False)] = {}
+    """What else the sink is told, a table `[sink_options]`; the page of each database lists it."""
     policy: Policy = Policy.DEVICE_SPLIT
     """Who owns the events of a shared device."""
     lookback_days: Annotated[int, Field(ge=0, le=36500)] = 30
@@ -470,6 +472,18 @@ def hide_password(url: str) -> str:
     """The URL as it may be shown: without its password, and without secrets in its query."""
     url = re.sub(r"(//[^/@:]*):.*@", r"\1:***@", url)
     return re.sub(r"(?i)([?&][^=&]*(?:password|secret|token|key)[^=&]*=)[^&]*", r"\1***", url)
+
+
+def hide_secrets(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a sink as they may be shown: without what looks like a secret by its name."""
+    return {
+        name: hide_secrets(value)
+        if isinstance(value, Mapping)
+        else "***"
+        if re.search(r"(?i)password|secret|token|key|passphrase", name)
+        else value
+        for name, value in options.items()
+    }
 
 
 def render_reference() -> str:
