@@ -29,6 +29,7 @@ PUBLIC = [
     "IdentityRules",
     "InputError",
     "Layout",
+    "MergeTraits",
     "MessageError",
     "Messages",
     "MissingDependencyError",

@@ -34,7 +34,7 @@ from recognition.errors import ConfigurationError
 from recognition.events import BOTS, FORMATS, Format, parse_paths
 from recognition.identity import IdentityRules
 from recognition.layouts import Columns, Layout, layout_named, single_table
-from recognition.rules import References, Rules, Supersede, TableRules
+from recognition.rules import MergeTraits, References, Rules, Supersede, TableRules
 
 #: Read where no other is named, if it is there.
 DEFAULT_FILE = Path("recognition.toml")
@@ -158,6 +158,8 @@ class Settings(_Table):
     """The column that receives the owner; where nothing is said, the layout's user column."""
     traits: Words = ()
     """The traits that an update sets beside the user, for example `email`."""
+    merge_traits: MergeTraits = MergeTraits.OVERWRITE
+    """Whether a trait that the person never named empties what the event itself had."""
     references: References = References.IDS
     """Whether message ids and times are kept, so that an update can name its rows one by one."""
     supersede: Supersede = Supersede.AUTO
@@ -347,6 +349,7 @@ def build_rules(settings: Settings, *, stamps: bool) -> Rules:
             layout=_build_layout(settings.layout),
             target_column=settings.target_column,
             traits=settings.traits,
+            merge_traits=settings.merge_traits,
             stamps=stamps,
             default=default,
             tables={

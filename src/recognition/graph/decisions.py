@@ -1306,6 +1306,7 @@ class _Decision:
         """
         columns = self._rules.layout.columns_of(table)
         target = self._rules.target_of(table)
+        first = old is None and timeline not in self._taken_back
         criteria: list[Criterion] = [
             Equals.model_construct(column=columns.anonymous_id, value=anonymous_id)
         ]
@@ -1313,10 +1314,10 @@ class _Decision:
             criteria.append(Empty(column=columns.user_id))
         expected = True
         if self._rules.supersede_of(table) is Supersede.REFERENCES:
-            if old is not None or not whole or timeline in self._taken_back:
+            if not first or not whole:
                 for part in _parts(refs):
                     named = [*criteria, self._messages(table, part)]
-                    self._emit(table, new, named, len(part), cause)
+                    self._emit(table, new, named, len(part), cause, first=first)
                 if not whole:
                     return
                 expected = False
@@ -1331,10 +1332,11 @@ class _Decision:
                 pieces.setdefault(bisect_right(holes, time), []).append(time)
         for times in pieces.values():
             between = self._between(table, min(times), max(times) + 1)
-            self._emit(table, new, [*criteria, between], len(times) if expected else 0, cause)
+            count = len(times) if expected else 0
+            self._emit(table, new, [*criteria, between], count, cause, first=first)
         for part in _parts(alone):
             named = [*criteria, self._messages(table, part)]
-            self._emit(table, new, named, len(part) if expected else 0, cause)
+            self._emit(table, new, named, len(part) if expected else 0, cause, first=first)
 
     def _emit_messages(
         self,
@@ -1365,12 +1367,13 @@ class _Decision:
         columns = self._rules.layout.columns_of(table)
         device = Equals(column=columns.anonymous_id, value=anonymous_id)
         start, end = max(change.start, BEGINNING), min(change.end, _LAST_TIME)
+        first = _owner(change.old) is None and timeline not in self._taken_back
         guard: list[Criterion] = []
         if self._rules.has_own_column and not self._rules.identified_follow_device:
             guard.append(Empty(column=columns.user_id))
         for low, high in _around(start, end, self._holes(timeline, start, end, new)):
             between = self._between(table, low, high)
-            self._emit(table, new, [device, *guard, between], None, cause)
+            self._emit(table, new, [device, *guard, between], None, cause, first=first)
 
     def _holes(self, timeline: int, low: int, high: int, new: Owner | None) -> list[int]:
         """The times at which a row of somebody else lies that looks anonymous to the table."""
@@ -1405,11 +1408,13 @@ class _Decision:
         where: Sequence[Criterion],
         expected: int | None,
         cause: Cause,
+        *,
+        first: bool = False,
     ) -> None:
         values = (
             self._rules.values_of(table, None, ())
             if new is None
-            else self._rules.values_of(table, new.id, new.traits)
+            else self._rules.values_of(table, new.id, new.traits, first=first)
         )
         sequence = self._store.next_sequence()
         criteria = list(where)
