@@ -13,6 +13,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    import fakesnow_server
     import mariadb as mariadb_server
     import postgres as postgres_server
     from mongod import GivenServer
@@ -102,6 +103,17 @@ def postgres() -> Iterator[postgres_server.GivenServer]:
             raise
         pytest.skip(str(error))
     with server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def fakesnow() -> Iterator[fakesnow_server.Server]:
+    """A server that speaks Snowflake's protocol, one for each worker of xdist."""
+    from fakesnow_server import MISSING, PYTHON, open_server
+
+    if not PYTHON.exists() and os.environ.get("RECOGNITION_TEST_REQUIRE_SERVERS") != "1":
+        pytest.skip(MISSING)
+    with open_server() as server:
         yield server
 
 

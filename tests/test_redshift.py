@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import closing
 from datetime import UTC, datetime
 from decimal import Decimal
 
@@ -28,8 +28,7 @@ from recognition.errors import (
     SinkUnavailableError,
     ValueRefusedError,
 )
-from recognition.messages import UpdateByCriteria
-from recognition.planner import plan_updates
+from recognition.messages import Messages, UpdateByCriteria
 from recognition.sinks import Sink, open_sink
 from recognition.sinks import redshift as module
 from recognition.sinks.redshift import (
@@ -39,10 +38,10 @@ from recognition.sinks.redshift import (
     _pages,
     _read_query,
 )
-from recognition.testing import SinkTests
-from recognition.testing.sinks import HOSTILE_VALUES, between, device, row, unknown, update
+from recognition.testing.sinks import HOSTILE_VALUES, at, between, device, row, unknown, update
 from redshift import S3, Proxy
-from test_postgresql import Database, Rows, apply
+from sinks import ServerKit, apply, opening
+from test_postgresql import Database
 
 Opened = Callable[..., RedshiftSink]
 
@@ -91,7 +90,7 @@ def url(database: Database, proxy: Proxy, driver: str) -> str:
 # The kit ----------------------------------------------------------------------------------------
 
 
-class TestRedshift(SinkTests):
+class TestRedshift(ServerKit):
     """The kit on Redshift's dialect, with each driver."""
 
     @pytest.fixture
@@ -99,66 +98,27 @@ class TestRedshift(SinkTests):
         with closing(open_sink(url, settings={})) as sink:
             yield sink
 
-    @pytest.fixture
-    def write_rows(self, database: Database) -> Callable[[str, Rows], None]:
-        return database.write
+
+class TestStaged(TestRedshift):
+    """The kit where small windows are staged as large ones are; `TestBucket` has the other."""
 
     @pytest.fixture
-    def read_rows(self, database: Database) -> Callable[[str], list[dict[str, object]]]:
-        return database.read
+    def driver(self) -> str:
+        return "psycopg2"
+
+    @pytest.fixture(autouse=True)
+    def staged(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(RedshiftSink, "inline_rows", 0)
 
 
 @pytest.fixture
 def opened(url: str) -> Iterator[Opened]:
     """Open sinks that are closed at the end; PostgreSQL knows none of Redshift's settings."""
-    with ExitStack() as stack:
-
-        def open_it(to: str = "", **options: object) -> RedshiftSink:
-            sink = open_sink(to or url, **{"settings": {}, **options})
-            assert isinstance(sink, RedshiftSink)
-            stack.callback(sink.close)
-            return sink
-
+    with opening(RedshiftSink, url, settings={}) as open_it:
         yield open_it
 
 
 # What is sent -----------------------------------------------------------------------------------
-
-
-def statement_of(sink: RedshiftSink, *updates: UpdateByCriteria) -> str:
-    """The statement of the one step, without the comment."""
-    (step,) = plan_updates(updates).steps
-    text = re.sub(r"recognition_stage_[0-9a-f]+", "stage", sink.compile(step))
-    return re.sub(r"%(\(\w+\))?s", "?", text.partition("\n--")[0])
-
-
-def test_the_statement_with_versions(opened: Opened) -> None:
-    """One UPDATE .. FROM by an equal key, exact by its length, with constant bounds of time."""
-    wanted = update(1, {"user_id": "u"}, device("a"), unknown(), between(0, 9), versioned=True)
-
-    assert statement_of(opened(), wanted) == (
-        "UPDATE events SET recognition_version=stage.sequence, user_id=stage.value_1 FROM stage "
-        "WHERE events.anonymous_id = stage.equal_0 "
-        "AND length(events.anonymous_id) = length(stage.equal_0) "
-        'AND events."timestamp" >= stage.start_0 AND events."timestamp" < stage.end_0 '
-        "AND (events.recognition_version IS NULL OR events.recognition_version < stage.sequence) "
-        "AND (events.user_id IS NULL OR events.recognition_version IS NOT NULL) "
-        'AND events."timestamp" >= ? AND events."timestamp" < ?'
-    )
-
-
-def test_the_statement_without_versions(opened: Opened) -> None:
-    """What is there is compared without IS DISTINCT FROM, and blanks at the end count."""
-    wanted = update(1, {"stitched_user_id": "u"}, device("a"))
-
-    assert statement_of(opened(), wanted) == (
-        "UPDATE events SET stitched_user_id=stage.value_0 FROM stage "
-        "WHERE events.anonymous_id = stage.equal_0 "
-        "AND length(events.anonymous_id) = length(stage.equal_0) "
-        "AND CASE WHEN (events.stitched_user_id = stage.value_0 "
-        "AND length(events.stitched_user_id) = length(stage.value_0)) THEN 0 "
-        "WHEN (events.stitched_user_id IS NULL AND stage.value_0 IS NULL) THEN 0 ELSE 1 END = 1"
-    )
 
 
 def test_a_window_of_many_visitors_takes_a_handful(opened: Opened, database: Database) -> None:
@@ -250,6 +210,23 @@ def test_widths_are_bytes(opened: Opened, database: Database) -> None:
     }
 
 
+def test_rows_that_are_there_twice_are_both_set(opened: Opened, database: Database) -> None:
+    """No key is enforced, so that a message may have two rows: both are set, and counted."""
+    database.run(
+        "CREATE TABLE events (message_id VARCHAR(20), anonymous_id VARCHAR(20),"
+        " user_id VARCHAR(20), timestamp TIMESTAMPTZ)"
+    )
+    database.run(
+        "INSERT INTO events VALUES ('m1', 'a1', NULL, %s), ('m1', 'a1', NULL, %s)", at(1), at(1)
+    )
+    refs = Messages(id_column="message_id", time_column="timestamp", refs=(("m1", at(1)),))
+
+    applied = apply(opened(), update(1, {"user_id": "u1"}, refs, unknown(), expected_rows=1))
+
+    assert (applied.rows_matched, applied.rows_changed) == (2, 2)
+    assert database.run("SELECT user_id FROM events") == [("u1",)] * 2
+
+
 def test_types_of_redshift() -> None:
     """An identity column cannot be set; SUPER and GEOMETRY hold nothing that an update carries."""
     identity = _describe("id", "bigint", "int8", -1, preset="\"identity\"(1234, 0, '1,1'::text)")
@@ -312,6 +289,7 @@ class TestBucket(TestRedshift):
 
     @pytest.fixture
     def sink(self, url: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sink]:
+        monkeypatch.setattr(RedshiftSink, "inline_rows", 0)
         monkeypatch.setattr(RedshiftSink, "insert_pages", 0)
         with closing(open_sink(f"{url}&s3=s3://{bucket}/kit&iam_role={ROLE}", settings={})) as sink:
             yield sink
@@ -379,6 +357,7 @@ def test_small_stages_need_no_bucket(
 @pytest.fixture
 def by_bucket(bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The bucket, by way of which every stage goes."""
+    monkeypatch.setattr(RedshiftSink, "inline_rows", 0)
     monkeypatch.setattr(RedshiftSink, "insert_pages", 0)
     return bucket
 

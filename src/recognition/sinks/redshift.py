@@ -30,19 +30,16 @@ import logging
 import math
 import re
 import struct
-import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from decimal import Decimal
 from typing import Any, ClassVar, cast
 from uuid import uuid4
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import registry
-from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.schema import CreateTable
 from sqlalchemy_redshift.dialect import RedshiftDialect_redshift_connector
@@ -57,11 +54,20 @@ from recognition.errors import (
     ValueRefusedError,
 )
 from recognition.events import parse_time
-from recognition.planner import Bound, Step, Value
+from recognition.planner import Step, Value
+from recognition.sinks.postgres_like import (
+    CatalogueColumn,
+    CatalogueTarget,
+    Found,
+    PostgresLikeSink,
+    is_moment,
+    read_type,
+    show_clock,
+)
 from recognition.sinks.sql import (
     LEDGER,
     Column,
-    Interval,
+    Inline,
     SqlSink,
     StageColumn,
     Target,
@@ -70,20 +76,8 @@ from recognition.sinks.sql import (
 
 _log = logging.getLogger("recognition.sinks.redshift")
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
-_FIRST_TIME = (datetime.min.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND
-_LAST_TIME = (datetime.max.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND
-_DAY = 86_400 * 1_000_000
-
 # The widest VARCHAR, in bytes: https://docs.aws.amazon.com/redshift/latest/dg/r_Character_types.html
 _WIDEST = 65_535
-
-# https://docs.aws.amazon.com/redshift/latest/dg/r_Numeric_types201.html
-_BITS = {"int2": 16, "int4": 32, "int8": 64}
-_FLOATS = {"float4": 3.4028234663852886e38, "float8": sys.float_info.max}
-_TEXTS = {"text", "varchar", "bpchar"}
-_TIMES = {"date", "timestamp", "timestamptz"}
 
 # One statement has 16 MB at most (https://docs.aws.amazon.com/redshift/latest/dg/r_INSERT_30.html),
 # psycopg2 writes values into its text, and redshift_connector binds 32,767 at most.
@@ -114,6 +108,9 @@ _S3_LOGIN = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "Inv
 
 # For how long a connection is used. redshift_connector keeps every text that it ever sent.
 _RECYCLED = 1_800  # seconds
+
+# A value that the driver itself knows how to send.
+_AS_IT_IS = sa.types.NullType()
 
 # What every session sets. A group shows in SYS_QUERY_HISTORY and may route to a queue:
 # https://docs.aws.amazon.com/redshift/latest/dg/r_query_group.html. That one row is set by two is
@@ -205,29 +202,13 @@ _LEDGER = sa.Table(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Column(Column):
-    """
-    A column of Redshift; its width is in bytes.
+class _Column(CatalogueColumn):
+    """A column of Redshift; its width is in bytes, and it keeps so many decimals."""
 
-    Args:
-        type: The type's name in ``pg_type``.
-        precision: The finest time that it holds, in microseconds; a date is 86,400 seconds.
-        scale: How many decimals it keeps.
-    """
-
-    type: str
-    precision: int = 1
     scale: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Target(Target):
-    """A table of Redshift, with the schema where it is."""
-
-    schema: str
-
-
-class RedshiftSink(SqlSink):
+class RedshiftSink(PostgresLikeSink):
     """
     A database of Amazon Redshift.
 
@@ -253,6 +234,7 @@ class RedshiftSink(SqlSink):
     ledger_first = True  # it is the lock
     text = sa.String(_WIDEST)
     collating = ()
+    inline_rows = 100
 
     #: A stage of more INSERTs goes by way of the bucket, where one was named.
     insert_pages: ClassVar[int] = 1
@@ -362,10 +344,6 @@ class RedshiftSink(SqlSink):
         cursor.close()
         connection.commit()
 
-    def exists(self) -> bool:
-        """The server says when there is none."""
-        return True
-
     def close(self) -> None:
         """Close all connections, those to the bucket too."""
         super().close()
@@ -374,37 +352,20 @@ class RedshiftSink(SqlSink):
 
     # Tables -------------------------------------------------------------------------------------
 
-    def find_table(self, connection: sa.Connection, parts: Sequence[str]) -> Target | None:
-        """
-        By the exact name, else by the one that differs in case alone.
+    def list_named(
+        self, connection: sa.Connection, table: str, schema: str | None
+    ) -> Sequence[Found]:
+        """Without a schema those that are visible in the ``search_path``."""
+        asked: tuple[str, ...] = (table, table.lower())
+        if schema is not None:
+            asked += (schema, schema.lower())
+        statement = _TABLE + (_VISIBLE if schema is None else _IN_SCHEMA) + _ORDER
+        return [Found(*row) for row in connection.exec_driver_sql(statement, asked)]
 
-        Without a schema, the first of the ``search_path`` that has such a table is meant.
-        """
-        if len(parts) > 3:
-            return None
-        if len(parts) == 3:
-            ((database,),) = connection.exec_driver_sql("SELECT current_database()")
-            if database.lower() != parts[0].lower():
-                return None
-            parts = parts[1:]
-        asked: tuple[str, ...] = (parts[-1], parts[-1].lower())
-        if len(parts) == 2:
-            asked += (parts[0], parts[0].lower())
-        statement = _TABLE + (_VISIBLE if len(parts) == 1 else _IN_SCHEMA) + _ORDER
-        found = [*connection.exec_driver_sql(statement, asked)]
-        names = [(row.nspname, row.relname)[2 - len(parts) :] for row in found]
-        exact = [row for row, name in zip(found, names, strict=True) if name == tuple(parts)]
-        found = exact or found
-        if not found:
-            return None
-        if len(found) > 1:
-            several = " and ".join(repr(".".join(name)) for name in names)
-            return Target(parts=tuple(parts), columns={}, ambiguous={"": several})
-        (row,) = found
-        columns: dict[str, Column] = {}
-        spelled: defaultdict[str, list[str]] = defaultdict(list)
-        for each in connection.exec_driver_sql(_COLUMNS, (row.oid,)):
-            columns[each.name.lower()] = _describe(
+    def list_columns(self, connection: sa.Connection, oid: int) -> Iterator[CatalogueColumn]:
+        """In their order."""
+        for each in connection.exec_driver_sql(_COLUMNS, (oid,)):
+            yield _describe(
                 each.name,
                 each.declared,
                 each.type,
@@ -412,13 +373,21 @@ class RedshiftSink(SqlSink):
                 nullable=not each.filled,
                 preset=each.preset or "",
             )
-            spelled[each.name.lower()].append(repr(each.name))
-        return _Target(
-            parts=(row.nspname, row.relname)[2 - len(parts) :],
+
+    def make_target(
+        self,
+        found: Found,
+        parts: tuple[str, ...],
+        columns: Mapping[str, Column],
+        ambiguous: Mapping[str, str],
+    ) -> CatalogueTarget:
+        """External tables are no tables to an UPDATE."""
+        return CatalogueTarget(
+            parts=parts,
             columns=columns,
-            view=row.relkind in ("v", "m", "f"),
-            ambiguous={n: " and ".join(each) for n, each in spelled.items() if len(each) > 1},
-            schema=row.nspname,
+            view=found.relkind in ("v", "m", "f"),
+            ambiguous=ambiguous,
+            schema=found.nspname,
         )
 
     def list_tables(self, connection: sa.Connection) -> Sequence[str]:
@@ -440,17 +409,6 @@ class RedshiftSink(SqlSink):
             "float": ("float8", -1),
         }
         return _describe(name, self.types[kind], *types.get(kind, ("bool", -1)))
-
-    def refuse_time(self, column: Column) -> str | None:
-        """Texts and numbers may hold times of any form, which no zone map serves."""
-        if column.kind == "time":
-            return None
-        return f"times are compared with a timestamptz, timestamp or date; it is {column.declared}"
-
-    def noted_name(self, target: Target) -> str:
-        """With its schema: two schemas may have tables of one name."""
-        assert isinstance(target, _Target)
-        return f"{target.schema}.{target.parts[-1]}"
 
     # Transactions -------------------------------------------------------------------------------
 
@@ -499,10 +457,6 @@ class RedshiftSink(SqlSink):
 
     # The stage ----------------------------------------------------------------------------------
 
-    def stage_time(self, like: Column) -> sa.types.TypeEngine[Any]:
-        """A date is compared with a timestamp of the same clock."""
-        return TIMESTAMP(timezone=_is_moment(like))
-
     def fill_stage(
         self,
         transaction: Transaction,
@@ -517,12 +471,7 @@ class RedshiftSink(SqlSink):
         many compiles anew each time, because the dialect caches no statements. One INSERT takes
         less time than an object that is put, read and removed.
         """
-        converted = []
-        for column, values in zip(columns, lists, strict=True):
-            change = _wire(column)
-            if change is not None:
-                values = [None if value is None else change(value) for value in values]
-            converted.append(values)
+        converted = _convert_lists(columns, lists)
         named = ", ".join(self._quote(column.name) for column in columns)
         rows = [*zip(*converted, strict=True)]
         pages = [*_pages(rows)]
@@ -544,6 +493,27 @@ class RedshiftSink(SqlSink):
                 f"INSERT INTO {self._quote(name)} ({named}) VALUES {all_marks}",
                 tuple(value for row in page for value in row),
             )
+
+    def inline(
+        self,
+        name: str,
+        columns: Sequence[StageColumn],
+        target: Target,
+        lists: Sequence[Sequence[Any]],
+    ) -> sa.FromClause:
+        """A SELECT for each row: there is no table of VALUES, and no array to bind."""
+        ends: list[sa.ColumnElement[Any]] = [
+            sa.literal_column(f" AS {_name_type(c)}) AS {c.name}") for c in columns
+        ]
+        begin: sa.ColumnElement[Any] = sa.literal_column("(SELECT CAST(")
+        pieces: list[sa.ColumnElement[Any]] = []
+        for row in zip(*_convert_lists(columns, lists), strict=True):
+            for value, end in zip(row, ends, strict=True):
+                pieces += (begin, sa.bindparam(None, value, _AS_IT_IS), end)
+                begin = sa.literal_column(", CAST(")
+            begin = sa.literal_column(" UNION ALL SELECT CAST(")
+        table = Inline(*pieces, sa.literal_column(")"))
+        return table.table_valued(*(column.name for column in columns), name=name)
 
     # The ledger ---------------------------------------------------------------------------------
 
@@ -621,31 +591,6 @@ class RedshiftSink(SqlSink):
         if column.kind == "text" and not column.nullable:
             return sa.func.length(table.c[column.name]) == 0
         return super()._empty(table, target, name)
-
-    def lies_within(
-        self,
-        like: Column,
-        time: sa.ColumnElement[Any],
-        interval: Interval,
-        open_ended: bool,
-    ) -> sa.ColumnElement[bool]:
-        """The stage has the column's clock."""
-        return self.inside(time, interval.start, interval.end, open_ended)
-
-    def bounded(
-        self, like: Column, time: sa.ColumnElement[Any], bound: Bound
-    ) -> Sequence[sa.ColumnElement[bool]]:
-        """
-        Blocks whose times lie outside are skipped by their zone maps.
-
-        https://docs.aws.amazon.com/redshift/latest/dg/t_Sorting_data.html
-        """
-        where: list[sa.ColumnElement[bool]] = []
-        if bound.lower is not None and bound.lower > _FIRST_TIME:
-            where.append(time >= _constant(like, bound.lower))
-        if bound.upper is not None and bound.upper <= _LAST_TIME:
-            where.append(time < _constant(like, bound.upper))
-        return where
 
     # Values -------------------------------------------------------------------------------------
 
@@ -882,60 +827,44 @@ def _describe(
     nullable: bool = True,
     preset: str = "",
 ) -> _Column:
-    kind = "other"  # SUPER, GEOMETRY, VARBYTE and what else there is
-    width: int | None = None
-    low: float | None = None
-    high: float | None = None
-    precision = 1
-    scale: int | None = None
-    if type_ in _TEXTS:
-        kind = "text"
-        width = modifier - 4 if modifier > 4 else None
-    elif type_ in _BITS:
-        kind = "integer"
-        low, high = -(2 ** (_BITS[type_] - 1)), 2 ** (_BITS[type_] - 1) - 1
-    elif type_ == "numeric":
-        kind = "decimal"
-        if modifier > 4:
-            digits, scale = (modifier - 4) >> 16, (modifier - 4) & 0xFFFF
-            high = 10.0 ** (digits - scale) - 10.0**-scale
-            low = -high
-    elif type_ in _FLOATS:
-        kind, high = "float", _FLOATS[type_]
-        low = -high
-    elif type_ == "bool":
-        kind = "boolean"
-    elif type_ in _TIMES:
-        kind, precision = "time", _DAY if type_ == "date" else 1
+    # SUPER, GEOMETRY, VARBYTE and what else there is hold nothing of ours.
+    held = read_type(type_, modifier, signed_scale=False)
     return _Column(
         name=name,
         declared=declared,
-        kind=kind,
+        kind=held.kind,
         nullable=nullable,
-        width=width,
-        low=low,
-        high=high,
+        width=held.width,
+        low=held.low,
+        high=held.high,
         # https://docs.aws.amazon.com/redshift/latest/dg/r_CREATE_TABLE_NEW.html: IDENTITY. Its
         # default is one of these functions.
         generated=re.match(r'"?(default_)?identity"?\(', preset) is not None,
         type=type_,
-        precision=precision,
-        scale=scale,
+        precision=held.precision,
+        scale=held.scale,
     )
 
 
-def _is_moment(like: Column) -> bool:
-    return cast(_Column, like).type not in ("date", "timestamp")
+def _name_type(column: StageColumn) -> str:
+    if column.like is None:
+        return "BIGINT" if column.kind == "integer" else f"VARCHAR({_WIDEST})"
+    if column.kind == "time":
+        return "TIMESTAMPTZ" if is_moment(column.like) else "TIMESTAMP"
+    return column.like.declared
 
 
-def _constant(like: Column, microseconds: int) -> sa.ColumnElement[Any]:
-    # Of the column's own type: what has to be converted is compared with no zone map.
-    return sa.literal(_clock(like, microseconds), TIMESTAMP(timezone=_is_moment(like)))
-
-
-def _clock(like: Column, microseconds: int) -> datetime:
-    moment = _EPOCH + microseconds * _MICROSECOND
-    return moment if _is_moment(like) else moment.replace(tzinfo=None)
+def _convert_lists(
+    columns: Sequence[StageColumn], lists: Sequence[Sequence[Any]]
+) -> list[Sequence[Any]]:
+    """The values as the drivers know them."""
+    converted: list[Sequence[Any]] = []
+    for column, values in zip(columns, lists, strict=True):
+        change = _wire(column)
+        if change is not None:
+            values = [None if value is None else change(value) for value in values]
+        converted.append(values)
+    return converted
 
 
 def _wire(column: StageColumn) -> Callable[[Any], Any] | None:
@@ -944,7 +873,7 @@ def _wire(column: StageColumn) -> Callable[[Any], Any] | None:
     if like is None:
         return None
     if column.kind == "time":
-        return lambda microseconds: _clock(like, microseconds)
+        return lambda microseconds: show_clock(like, microseconds)
     if like.kind == "decimal":
         return lambda number: Decimal(repr(number))
     return float if like.kind == "float" else None
