@@ -15,6 +15,7 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     import browser as chromium
+    import fakesnow_server
     import mariadb as mariadb_server
     import postgres as postgres_server
     from mongod import GivenServer
@@ -127,6 +128,16 @@ def browser() -> Iterator[chromium.Browser]:
                 raise
             pytest.skip(str(error))
         yield opened
+
+
+def fakesnow() -> Iterator[fakesnow_server.Server]:
+    """A server that speaks Snowflake's protocol, one for each worker of xdist."""
+    from fakesnow_server import MISSING, PYTHON, open_server
+
+    if not PYTHON.exists() and os.environ.get("RECOGNITION_TEST_REQUIRE_SERVERS") != "1":
+        pytest.skip(MISSING)
+    with open_server() as server:
+        yield server
 
 
 def pytest_unconfigure() -> None:

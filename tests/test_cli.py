@@ -474,6 +474,28 @@ def test_config_shows_the_settings_in_force_without_passwords(cli_: Cli) -> None
     assert document["sink"] == "x://ann:***@host/db"
 
 
+def test_what_a_sink_is_told_comes_from_the_settings(
+    cli_: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """File and environment reach the sink of every command; a secret among them is not shown."""
+    write("e.ndjson", [event(1, userId=None), event(2)])
+    assert cli_("run", "e.ndjson", "--load", "--sink", SINK).code == 0
+    Path("recognition.toml").write_text('[sink_options]\nconnect_args = {password = "hunter2"}\n')
+    monkeypatch.setenv("RECOGNITION_SINK_OPTIONS__TIMEOUT", "60")
+
+    shown = cli_("config", "--sink", SINK)
+    commands = [
+        cli_(*command, "--sink", SINK)
+        for command in (("run", "e.ndjson"), ("apply", "e.ndjson"), ("forget", "u1"))
+    ]
+    Path("recognition.toml").unlink()
+
+    assert 'sink_options = {"connect_args": {"password": "***"}, "timeout": "60"}' in shown.out
+    assert {each.code for each in commands} == {2}
+    assert all("takes no option 'connect_args'" in each.err for each in commands)
+    assert cli_("run", "e.ndjson", "--sink", SINK).code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

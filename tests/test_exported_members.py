@@ -31,6 +31,7 @@ PUBLIC = [
     "IdentityRules",
     "InputError",
     "Layout",
+    "MergeTraits",
     "MessageError",
     "Messages",
     "MissingDependencyError",

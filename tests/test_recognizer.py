@@ -18,7 +18,7 @@ from recognition.graph.sqlite import SqliteGraph
 from recognition.layouts import layout_named
 from recognition.messages import VERSION_COLUMN
 from recognition.recognizer import Recognition, Recognizer
-from recognition.rules import References, Rules, Supersede, TableRules
+from recognition.rules import MergeTraits, References, Rules, Supersede, TableRules
 from warehouse import Warehouse
 
 GRAPHS: dict[str, Callable[[], Graph]] = {
@@ -382,6 +382,45 @@ def test_a_trait_of_one_identifier_is_the_whole_persons(graph: Graph) -> None:
     line.take(make_event("m3", 3, email=MAIL, traits={"plan": "pro"}))
 
     assert line.column(PLAN)["m1"] == "pro"
+
+
+@pytest.mark.parametrize(
+    ("merge", "stays", "kept"), [("overwrite", None, None), ("coalesce", "trial", "free")]
+)
+@pytest.mark.parametrize("references", [References.IDS, References.NONE])
+def test_a_trait_that_nobody_named_empties_on_request(
+    graph: Graph, merge: str, stays: str | None, kept: str | None, references: References
+) -> None:
+    """To coalesce leaves what an event had of its own, in a row that belonged to nobody before."""
+    rules = TableRules(references=references, supersede=Supersede.VERSION)
+    line = Line(graph, traits=("plan",), merge_traits=merge, default=rules)
+    line.take(make_event("m1", 1, "d1", traits={"plan": "free"}))
+    line.take(make_event("m2", 2, "d1", user_id="u1"))
+    first = line.column(PLAN)["m1"]
+    line.take(make_event("m3", 3, "d1", traits={"plan": "trial"}))  # stamped
+    stamped = line.column(PLAN)["m3"]
+    line.take(make_event("m4", 4, "d2", user_id="u1", traits={"plan": "pro"}))
+
+    assert (first, stamped) == (kept, stays)
+    assert (line.column(PLAN)["m1"], line.column(PLAN)["m3"]) == ("pro", "pro")
+
+
+@pytest.mark.parametrize("merge", MergeTraits)
+def test_a_trait_of_another_person_never_stays(graph: Graph, merge: MergeTraits) -> None:
+    """A row that goes to somebody else, or to nobody, loses the traits of the first."""
+    rules = TableRules(supersede=Supersede.VERSION)
+    line = Line(graph, traits=("plan",), merge_traits=merge, default=rules)
+    line.take(make_event("m1", 1, "d1"), make_event("m2", 1, "d2"))
+    both = [make_event(f"m{n}", 9, f"d{n - 2}", user_id="u1") for n in (3, 4)]
+    line.take(*both, make_event("m5", 9, user_id="u1", traits={"plan": "pro"}))
+    named = line.column(PLAN)
+    line.take(make_event("m6", 5, "d1", user_id="u2"))  # an earlier claim, which comes late
+    line.recognizer.release("d2")
+    line.deliver()
+
+    assert (named["m1"], named["m2"]) == ("pro", "pro")
+    assert (line.column()["m1"], line.column(PLAN)["m1"]) == ("u2", None)
+    assert (line.column()["m2"], line.column(PLAN)["m2"]) == (None, None)
 
 
 # ---------------------------------------------------------------- what happens in between

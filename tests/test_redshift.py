@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import closing
+from datetime import UTC, datetime
 from decimal import Decimal
 
 import pytest
@@ -26,9 +28,9 @@ from recognition.errors import (
     SinkUnavailableError,
     ValueRefusedError,
 )
-from recognition.messages import UpdateByCriteria
-from recognition.planner import plan_updates
+from recognition.messages import Messages, UpdateByCriteria
 from recognition.sinks import Sink, open_sink
+from recognition.sinks import redshift as module
 from recognition.sinks.redshift import (
     _SETTINGS,
     RedshiftSink,
@@ -36,10 +38,10 @@ from recognition.sinks.redshift import (
     _pages,
     _read_query,
 )
-from recognition.testing import SinkTests
-from recognition.testing.sinks import between, device, row, unknown, update
-from redshift import Proxy
-from test_postgresql import Database, Rows, apply
+from recognition.testing.sinks import HOSTILE_VALUES, at, between, device, row, unknown, update
+from redshift import S3, Proxy
+from sinks import ServerKit, apply, opening
+from test_postgresql import Database
 
 Opened = Callable[..., RedshiftSink]
 
@@ -47,9 +49,16 @@ DRIVERS = ("psycopg2", "redshift_connector")
 
 
 @pytest.fixture(scope="module")
-def proxy(postgres: GivenServer) -> Iterator[Proxy]:
-    """What redshift_connector takes for Redshift."""
-    with Proxy(postgres.port) as proxy:
+def s3() -> Iterator[S3]:
+    """A server that speaks S3."""
+    with S3() as s3:
+        yield s3
+
+
+@pytest.fixture(scope="module")
+def proxy(postgres: GivenServer, s3: S3) -> Iterator[Proxy]:
+    """What both drivers take for Redshift."""
+    with Proxy(postgres.port, s3) as proxy:
         yield proxy
 
 
@@ -70,7 +79,9 @@ def driver(request: pytest.FixtureRequest) -> str:
 def url(database: Database, proxy: Proxy, driver: str) -> str:
     """The URL of the database for the driver; without TLS, on loopback."""
     if driver == "psycopg2":
-        return database.server.url(database.name, scheme="redshift+psycopg2", sslmode="disable")
+        return database.server.url(
+            database.name, scheme="redshift+psycopg2", port=proxy.port, sslmode="disable"
+        )
     return database.server.url(
         database.name, scheme="redshift+redshift_connector", port=proxy.port, ssl="false"
     )
@@ -79,7 +90,7 @@ def url(database: Database, proxy: Proxy, driver: str) -> str:
 # The kit ----------------------------------------------------------------------------------------
 
 
-class TestRedshift(SinkTests):
+class TestRedshift(ServerKit):
     """The kit on Redshift's dialect, with each driver."""
 
     @pytest.fixture
@@ -87,66 +98,27 @@ class TestRedshift(SinkTests):
         with closing(open_sink(url, settings={})) as sink:
             yield sink
 
-    @pytest.fixture
-    def write_rows(self, database: Database) -> Callable[[str, Rows], None]:
-        return database.write
+
+class TestStaged(TestRedshift):
+    """The kit where small windows are staged as large ones are; `TestBucket` has the other."""
 
     @pytest.fixture
-    def read_rows(self, database: Database) -> Callable[[str], list[dict[str, object]]]:
-        return database.read
+    def driver(self) -> str:
+        return "psycopg2"
+
+    @pytest.fixture(autouse=True)
+    def staged(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(RedshiftSink, "inline_rows", 0)
 
 
 @pytest.fixture
 def opened(url: str) -> Iterator[Opened]:
     """Open sinks that are closed at the end; PostgreSQL knows none of Redshift's settings."""
-    with ExitStack() as stack:
-
-        def open_it(to: str = "", **options: object) -> RedshiftSink:
-            sink = open_sink(to or url, **{"settings": {}, **options})
-            assert isinstance(sink, RedshiftSink)
-            stack.callback(sink.close)
-            return sink
-
+    with opening(RedshiftSink, url, settings={}) as open_it:
         yield open_it
 
 
 # What is sent -----------------------------------------------------------------------------------
-
-
-def statement_of(sink: RedshiftSink, *updates: UpdateByCriteria) -> str:
-    """The statement of the one step, without the comment."""
-    (step,) = plan_updates(updates).steps
-    text = re.sub(r"recognition_stage_[0-9a-f]+", "stage", sink.compile(step))
-    return re.sub(r"%(\(\w+\))?s", "?", text.partition("\n--")[0])
-
-
-def test_the_statement_with_versions(opened: Opened) -> None:
-    """One UPDATE .. FROM by an equal key, exact by its length, with constant bounds of time."""
-    wanted = update(1, {"user_id": "u"}, device("a"), unknown(), between(0, 9), versioned=True)
-
-    assert statement_of(opened(), wanted) == (
-        "UPDATE events SET recognition_version=stage.sequence, user_id=stage.value_1 FROM stage "
-        "WHERE events.anonymous_id = stage.equal_0 "
-        "AND length(events.anonymous_id) = length(stage.equal_0) "
-        'AND events."timestamp" >= stage.start_0 AND events."timestamp" < stage.end_0 '
-        "AND (events.recognition_version IS NULL OR events.recognition_version < stage.sequence) "
-        "AND (events.user_id IS NULL OR events.recognition_version IS NOT NULL) "
-        'AND events."timestamp" >= ? AND events."timestamp" < ?'
-    )
-
-
-def test_the_statement_without_versions(opened: Opened) -> None:
-    """What is there is compared without IS DISTINCT FROM, and blanks at the end count."""
-    wanted = update(1, {"stitched_user_id": "u"}, device("a"))
-
-    assert statement_of(opened(), wanted) == (
-        "UPDATE events SET stitched_user_id=stage.value_0 FROM stage "
-        "WHERE events.anonymous_id = stage.equal_0 "
-        "AND length(events.anonymous_id) = length(stage.equal_0) "
-        "AND CASE WHEN (events.stitched_user_id = stage.value_0 "
-        "AND length(events.stitched_user_id) = length(stage.value_0)) THEN 0 "
-        "WHEN (events.stitched_user_id IS NULL AND stage.value_0 IS NULL) THEN 0 ELSE 1 END = 1"
-    )
 
 
 def test_a_window_of_many_visitors_takes_a_handful(opened: Opened, database: Database) -> None:
@@ -238,6 +210,23 @@ def test_widths_are_bytes(opened: Opened, database: Database) -> None:
     }
 
 
+def test_rows_that_are_there_twice_are_both_set(opened: Opened, database: Database) -> None:
+    """No key is enforced, so that a message may have two rows: both are set, and counted."""
+    database.run(
+        "CREATE TABLE events (message_id VARCHAR(20), anonymous_id VARCHAR(20),"
+        " user_id VARCHAR(20), timestamp TIMESTAMPTZ)"
+    )
+    database.run(
+        "INSERT INTO events VALUES ('m1', 'a1', NULL, %s), ('m1', 'a1', NULL, %s)", at(1), at(1)
+    )
+    refs = Messages(id_column="message_id", time_column="timestamp", refs=(("m1", at(1)),))
+
+    applied = apply(opened(), update(1, {"user_id": "u1"}, refs, unknown(), expected_rows=1))
+
+    assert (applied.rows_matched, applied.rows_changed) == (2, 2)
+    assert database.run("SELECT user_id FROM events") == [("u1",)] * 2
+
+
 def test_types_of_redshift() -> None:
     """An identity column cannot be set; SUPER and GEOMETRY hold nothing that an update carries."""
     identity = _describe("id", "bigint", "int8", -1, preset="\"identity\"(1234, 0, '1,1'::text)")
@@ -265,6 +254,255 @@ def test_numbers_are_kept_unchanged(opened: Opened, database: Database) -> None:
     assert database.run("SELECT score, day::text FROM events ORDER BY anonymous_id") == [
         (None, None),
         (Decimal("0.25"), "2026-01-02"),
+    ]
+
+
+# A bucket ---------------------------------------------------------------------------------------
+
+ROLE = "arn:aws:iam::123456789012:role/reader"
+
+
+@pytest.fixture
+def bucket(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket, in which nothing is left, and what boto3 finds in the environment."""
+    told = {
+        "AWS_ENDPOINT_URL": s3.url,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "AWS_CONFIG_FILE": os.devnull,
+    }
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with s3.bucket("stages") as name:
+        yield name
+
+
+class TestBucket(TestRedshift):
+    """The kit where every stage goes by way of the bucket, whichever driver says so."""
+
+    @pytest.fixture
+    def driver(self) -> str:
+        return "redshift_connector"
+
+    @pytest.fixture
+    def sink(self, url: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sink]:
+        monkeypatch.setattr(RedshiftSink, "inline_rows", 0)
+        monkeypatch.setattr(RedshiftSink, "insert_pages", 0)
+        with closing(open_sink(f"{url}&s3=s3://{bucket}/kit&iam_role={ROLE}", settings={})) as sink:
+            yield sink
+
+
+def many(count: int) -> list[UpdateByCriteria]:
+    """Updates of so many visitors, whose values are all that a text may be."""
+    return [
+        update(
+            n,
+            {"stitched_user_id": f"{HOSTILE_VALUES[n % len(HOSTILE_VALUES)]}{n}"},
+            device(f"a{n}"),
+            between(0, 9_000),
+        )
+        for n in range(count)
+    ]
+
+
+def test_large_stages_go_by_way_of_the_bucket(
+    opened: Opened, url: str, database: Database, s3: S3, bucket: str
+) -> None:
+    """What one INSERT does not hold is put, copied and removed; any text arrives unchanged."""
+    updates = many(4_000)
+    database.write("events", [row(f"m{n}", f"a{n}", n) for n in range(4_000)])
+    sink = opened(f"{url}&s3=s3://{bucket}/a/b/&iam_role={ROLE}&s3_region=us-east-1")
+    sent: list[str] = []
+    seen: list[str] = []
+
+    @sa.event.listens_for(sink._engine, "before_cursor_execute")
+    def note(_: object, __: object, statement: str, *rest: object) -> None:
+        sent.append(statement)
+        if statement.startswith("COPY"):
+            seen.extend(s3.keys(bucket))
+
+    apply(sink, update(0, {"stitched_user_id": "u"}, device("other")))
+    sent.clear()
+    applied = apply(sink, *updates)
+
+    found = database.column("stitched_user_id")
+    (copy,) = [each for each in sent if each.startswith("COPY")]
+    assert applied.rows_changed == 4_000
+    assert len(sent) == applied.statements <= 13
+    assert found == {f"m{n}": each.set["stitched_user_id"] for n, each in enumerate(updates)}
+    assert re.sub(r"stage_\w+|[0-9a-f-]{36}", "?", copy) == (
+        "COPY recognition_? (update_id, sequence, workspace, position, extras, equal_0, start_0, "
+        "end_0, starts_0, ends_0, value_0) FROM 's3://stages/a/b/?.csv.gz' "
+        f"IAM_ROLE '{ROLE}' REGION 'us-east-1' FORMAT AS CSV GZIP NULL AS '@null' "
+        "TIMEFORMAT 'auto' COMPUPDATE OFF STATUPDATE OFF"
+    )
+    assert [each.startswith("a/b/") for each in seen] == [True]
+    assert s3.keys(bucket) == []
+
+
+def test_small_stages_need_no_bucket(
+    opened: Opened, url: str, database: Database, bucket: str
+) -> None:
+    """What one INSERT holds is not put there: of a bucket that is not there nobody hears."""
+    database.write("events", [row(f"m{n}", f"a{n}", n) for n in range(200)])
+
+    applied = apply(opened(f"{url}&s3=s3://missing"), *many(200))
+
+    assert applied.rows_changed == 200
+
+
+@pytest.fixture
+def by_bucket(bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The bucket, by way of which every stage goes."""
+    monkeypatch.setattr(RedshiftSink, "inline_rows", 0)
+    monkeypatch.setattr(RedshiftSink, "insert_pages", 0)
+    return bucket
+
+
+@pytest.mark.parametrize(
+    ("granted", "told"),
+    [
+        ((), "it was refused; s3:PutObject is needed (AccessDenied)"),
+        (None, "the credentials that boto3 found were refused or have expired"),
+    ],
+)
+def test_a_bucket_that_refuses_is_said(
+    opened: Opened,
+    url: str,
+    database: Database,
+    s3: S3,
+    by_bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
+    granted: tuple[str, ...] | None,
+    told: str,
+) -> None:
+    """Without a grant, or with credentials that are none, nothing is written and all is said."""
+    database.write("events", [row("m1", "a1", 1)])
+
+    with s3.guarded(*(granted or ("s3:ListBucket",))) as user:
+        secret = user["AWS_SECRET_ACCESS_KEY"] if granted is not None else "wrong-secret"
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", user["AWS_ACCESS_KEY_ID"])
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+        with pytest.raises(SinkError, match="nothing was written") as caught:
+            apply(opened(f"{url}&s3=s3://{by_bucket}"), *many(3))
+
+    assert told in str(caught.value)
+    assert "bucket 'stages'" in str(caught.value)
+    assert "a retry does not help" in str(caught.value)
+    assert not caught.value.retryable
+    assert caught.value.written is False
+    assert secret not in str(caught.value) + repr(caught.value)
+    assert database.column("stitched_user_id") == {"m1": None}
+
+
+def test_a_missing_bucket_is_said(
+    opened: Opened, url: str, database: Database, by_bucket: str
+) -> None:
+    """A bucket that is not there is named, and nothing is written."""
+    database.write("events", [row("m1", "a1", 1)])
+
+    with pytest.raises(SinkError, match=r"'missing': there is none of this name") as caught:
+        apply(opened(f"{url}&s3=s3://missing"), *many(3))
+
+    assert not caught.value.retryable
+    assert database.column("stitched_user_id") == {"m1": None}
+
+
+def test_an_s3_that_does_not_answer_is_said(
+    opened: Opened, url: str, database: Database, by_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where S3 cannot be reached a retry may help."""
+    database.write("events", [row("m1", "a1", 1)])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+
+    with pytest.raises(SinkUnavailableError, match="S3 cannot be reached") as caught:
+        apply(opened(f"{url}&s3=s3://{by_bucket}"), *many(3))
+
+    assert caught.value.retryable
+    assert database.column("stitched_user_id") == {"m1": None}
+
+
+def test_a_role_that_may_not_read_is_said(
+    opened: Opened, url: str, database: Database, s3: S3, by_bucket: str
+) -> None:
+    """The cluster's own refusal of the object is no secret, and the object is removed."""
+    database.write("events", [row("m1", "a1", 1)])
+    sink = opened(f"{url}&s3=s3://{by_bucket}")
+
+    @sa.event.listens_for(sink._engine, "before_cursor_execute")
+    def remove(_: object, __: object, statement: str, *rest: object) -> None:
+        if statement.startswith("COPY"):
+            s3.remove(by_bucket)
+
+    with pytest.raises(SinkError, match="iam_role needs s3:GetObject") as caught:
+        apply(sink, *many(3))
+
+    assert not caught.value.retryable
+    assert "secret" not in str(caught.value)
+    assert s3.keys(by_bucket) == []
+    assert database.column("stitched_user_id") == {"m1": None}
+
+
+def test_a_stage_that_may_not_be_removed_is_logged(
+    opened: Opened,
+    url: str,
+    database: Database,
+    s3: S3,
+    by_bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whoever may put objects and not delete them is told; the window is applied."""
+    database.write("events", [row(f"m{n}", f"a{n}", n) for n in range(3)])
+
+    with s3.guarded("s3:PutObject") as user:
+        for name, value in user.items():
+            monkeypatch.setenv(name, value)
+        applied = apply(opened(f"{url}&s3=s3://{by_bucket}"), *many(3))
+
+    assert applied.rows_changed == 3
+    assert [each.levelname for each in caplog.records if "recognition" in each.name] == ["WARNING"]
+    assert "s3:DeleteObject is needed" in caplog.text
+    assert len(s3.keys(by_bucket)) == 1
+    s3.remove(by_bucket)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("s3=bucket", "s3 is a bucket"),
+        ("s3=s3://a", "s3 is a bucket"),
+        ("s3=s3://bucket/x'y", "s3 is a bucket"),
+        ("s3=s3://bucket&iam_role=x'", "iam_role is default, or the ARN"),
+        ("s3=s3://bucket&s3_region=x'", "s3_region is a region"),
+        ("s3=s3://bucket&s3=s3://other", "s3 is a bucket"),
+    ],
+)
+def test_a_bucket_is_no_statement(url: str, options: str, told: str) -> None:
+    """What could end a text of the statement is refused before anything is opened."""
+    with pytest.raises(ConfigurationError, match=told):
+        open_sink(f"{url}&{options}")
+
+
+def test_an_object_is_csv_whose_null_is_no_text() -> None:
+    """Texts are within quotes, NULL is what no text is, numbers and times are plain."""
+    moment = datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC)
+    rows = [
+        (None, "", "@null", 'a,"b"\n', True, 1, 0.5, Decimal("1E+2"), moment),
+        (None, "@null@", " ", "\\", False, -1, 1e300, Decimal("0.1"), moment.replace(tzinfo=None)),
+    ]
+
+    null = module._choose_null(rows)
+
+    assert null == "@null@@"
+    assert [module._write_line(line, null) for line in rows] == [
+        b'@null@@,"","@null","a,""b""\n",true,1,0.5,100,2026-01-02 03:04:05.000006+00\n',
+        b'@null@@,"@null@"," ","\\",false,-1,1e+300,0.1,2026-01-02 03:04:05.000006\n',
     ]
 
 

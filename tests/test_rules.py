@@ -10,7 +10,7 @@ from recognition.attribution import AttributionRules, Policy
 from recognition.errors import ConfigurationError, UnsupportedPolicyError
 from recognition.identity import IdentityRules
 from recognition.layouts import layout_named
-from recognition.rules import References, Rules, Supersede, TableRules
+from recognition.rules import MergeTraits, References, Rules, Supersede, TableRules
 
 NOTHING_KEPT = TableRules(references=References.NONE)
 
@@ -166,6 +166,18 @@ def test_the_values_of_nobody_are_empty() -> None:
     rules = Rules(traits=("plan",))
 
     assert rules.values_of("events", None, ()) == {"user_id": None, "context_traits_plan": None}
+
+
+def test_coalescing_leaves_away_what_the_first_owner_never_named() -> None:
+    """Only where the row had no owner before, and never of nobody's row."""
+    rules = Rules(traits=("plan",), merge_traits=MergeTraits.COALESCE)
+    emptied = {"user_id": "u1", "context_traits_plan": None}
+
+    assert rules.values_of("events", "u1", (None,), first=True) == {"user_id": "u1"}
+    assert rules.values_of("events", "u1", (), first=True) == {"user_id": "u1"}
+    assert rules.values_of("events", "u1", (None,)) == emptied
+    assert rules.values_of("events", None, (), first=True) == {**emptied, "user_id": None}
+    assert Rules(traits=("plan",)).values_of("events", "u1", (None,), first=True) == emptied
 
 
 def test_a_table_without_trait_columns_gets_none() -> None:

@@ -1773,6 +1773,37 @@ def test_a_plugin_is_found_by_its_scheme(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert {"duckdb", "ours", "sqlite"} <= set(installed_schemes())
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"tmeout": 3}, "takes no option 'tmeout'; did you mean 'timeout'?"),
+        ({"url": "x"}, "takes no option 'url'; it takes timeout, ledger_days, add_missing_columns"),
+        ({"timeout": "hunter2"}, "option 'timeout': Input should be a valid number"),
+        ({"add_missing_columns": "hunter2"}, "option 'add_missing_columns': Input should be a"),
+        ({"timeout": -1}, "timeout is -1.0 seconds; it is at least 0"),
+    ],
+)
+def test_an_option_that_a_sink_does_not_take_is_refused(
+    options: dict[str, object], told: str
+) -> None:
+    """A wrong name names the nearest, a wrong value its type; no value is shown that may be one."""
+    with pytest.raises(ConfigurationError) as caught:
+        open_sink("sqlite:///x.db", **options)
+
+    assert told in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_options_may_be_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they come from the environment: a text becomes the number that the sink takes."""
+    _plugins(monkeypatch, ours=f"{__name__}:_Plugin")
+
+    sink = open_sink("ours://host", size="3")
+
+    assert isinstance(sink, _Plugin)
+    assert sink.size == 3
+
+
 def test_a_plugin_without_its_driver_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plugin whose driver is missing says which package that is."""
     _plugins(monkeypatch, broken="no_such_driver_of_ours:Sink")

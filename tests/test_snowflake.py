@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
-import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import sqlalchemy as sa
-import sqlglot
-from sqlglot import exp
 
-from fakesnow_server import CONNECT_ARGS, MISSING, PYTHON, Server, open_server
+from fakesnow_server import CONNECT_ARGS, Server, open_server
 from recognition.errors import (
     ConfigurationError,
     OutcomeUnknownError,
@@ -26,33 +22,24 @@ from recognition.errors import (
     TableError,
     ValueRefusedError,
 )
-from recognition.messages import Between, Equals, Messages
+from recognition.messages import Between
 from recognition.planner import plan_updates
-from recognition.sinks import Applied, Sink, open_sink
+from recognition.sinks import Sink, open_sink
 from recognition.sinks import snowflake as module
 from recognition.sinks.snowflake import SnowflakeSink
 from recognition.testing import SinkTests
 from recognition.testing.sinks import (
     HOSTILE_NAMES,
-    at,
     between,
     device,
     row,
     unknown,
     update,
 )
+from sinks import Rows, ServerKit, apply, refusal
+from test_golden import WINDOWS
 
-Rows = Sequence[Mapping[str, object]]
 Opened = Callable[..., SnowflakeSink]
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    """One server for each worker of xdist."""
-    if not PYTHON.exists() and os.environ.get("RECOGNITION_TEST_REQUIRE_SERVERS") != "1":
-        pytest.skip(MISSING)
-    with open_server() as server:
-        yield server
 
 
 class Database:
@@ -110,11 +97,11 @@ def _plain(value: object) -> object:
 
 
 @pytest.fixture
-def database(server: Server) -> Iterator[Database]:
+def database(fakesnow: Server) -> Iterator[Database]:
     """An empty database."""
-    database = Database(server)
+    database = Database(fakesnow)
     yield database
-    server.fail()
+    fakesnow.fail()
     database.engine.dispose()
 
 
@@ -135,20 +122,12 @@ def opened(database: Database) -> Iterator[Opened]:
         sink.close()
 
 
-class TestSnowflake(SinkTests):
+class TestSnowflake(ServerKit):
     """The kit, unchanged."""
 
     @pytest.fixture
     def sink(self, opened: Opened) -> Sink:
         return opened()
-
-    @pytest.fixture
-    def write_rows(self, database: Database) -> Callable[[str, Rows], None]:
-        return database.write
-
-    @pytest.fixture
-    def read_rows(self, database: Database) -> Callable[[str], list[dict[str, object]]]:
-        return database.read
 
     @pytest.mark.xfail(
         raises=sa.exc.ProgrammingError,
@@ -158,15 +137,12 @@ class TestSnowflake(SinkTests):
         super().test_hostile_names_are_names(sink, write_rows, read_rows)
 
 
-def apply(sink: Sink, *updates: Any) -> Applied:
-    return sink.apply(plan_updates(updates))
+class TestMerge(TestSnowflake):
+    """The kit by MERGE, which takes its rows from a stage however few they are."""
 
-
-def refusal(applied: Applied) -> str:
-    """The one reason of a plan that was refused."""
-    ((_, error),) = applied.rejected
-    assert isinstance(error, TableError)
-    return str(error)
+    @pytest.fixture
+    def sink(self, opened: Opened) -> Sink:
+        return opened(statement="merge")
 
 
 def sent(sink: SnowflakeSink) -> list[str]:
@@ -494,55 +470,14 @@ def test_a_collation_does_not_blur(database: Database, opened: Opened) -> None:
 
 # Statements -------------------------------------------------------------------------------------
 
-GOLDEN = Path(__file__).parent / "golden" / "snowflake.sql"
-
-
-def _windows(table: str = "events") -> dict[str, Any]:
-    """Updates of the shapes that matter, with what each is about."""
-    refs = (("m1", at(1)), ("m2", at(2.5)))
-    named = Messages(id_column="message_id", time_column="timestamp", refs=refs)
-    owner = {"user_id": "u1", "context_traits_email": "a@example.com"}
-    return {
-        "a device's rows in an interval, where nobody is known": update(
-            1, owner, device("a1"), unknown(), between(0, 9), table=table
-        ),
-        "the same, in a table with versions": update(
-            2, owner, device("a1"), unknown(), between(0, 9), table=table, versioned=True
-        ),
-        "a column of recognition's own, set whatever it holds": update(
-            3, {"stitched_user_id": "u1"}, device("a1"), table=table
-        ),
-        "messages of a device": update(4, {"user_id": "u1"}, device("a1"), named, table=table),
-        "a user who became another": update(
-            5, {"user_id": "u2"}, Equals(column="user_id", value="u1"), table=table, versioned=True
-        ),
-    }
-
-
-def test_statements_are_those_of_the_file(database: Database, opened: Opened) -> None:
-    """A change of SQL is seen in a diff: each statement by UPDATE and by MERGE, and it parses."""
-    database.write("events", [])
-    shown = []
-    for statement in ("update", "merge"):
-        sink = opened(statement=statement)
-        for about, wanted in _windows().items():
-            (step,) = plan_updates([wanted]).steps
-            text = sink.compile(step).rsplit("\n", 1)[0]
-            parsed = sqlglot.parse_one(re.sub(r"%\((\w+)\)s", r":\1", text), read="snowflake")
-            assert isinstance(parsed, {"update": exp.Update, "merge": exp.Merge}[statement])
-            shown.append(f"-- {statement}: {about}\n{text};\n")
-
-    found = "\n".join(shown)
-
-    assert found == GOLDEN.read_text(encoding="utf-8")
-
 
 def test_compile_is_what_apply_sends(database: Database, opened: Opened) -> None:
     """`compile` gives the text of the statement that `apply` sends."""
     for statement in ("UPDATE", "MERGE"):
         database.write(f"by_{statement}", [row("m1", "a1", 1)])
         sink = opened(statement=statement.lower())
-        plan = plan_updates(_windows(f"by_{statement}").values())
+        table = {"table": f"by_{statement}"}
+        plan = plan_updates([each.model_copy(update=table) for each in WINDOWS.values()])
         compiled = [sink.compile(step).rsplit("\n", 1)[0] for step in plan.steps]
         texts = sent(sink)
 
@@ -580,6 +515,7 @@ def test_stages_are_made_before_the_transaction(database: Database, opened: Open
     database.write("events", [row("m1", "a1", 1)])
     database.write("others", [row("m1", "a1", 1)])
     sink = opened()
+    sink.inline_rows = 0
     texts = sent(sink)
 
     apply(
@@ -606,6 +542,33 @@ def test_stages_are_made_before_the_transaction(database: Database, opened: Open
     ]
 
 
+def test_a_small_window_has_no_stage(database: Database, opened: Opened) -> None:
+    """Up to 100 updates are inside the statements; of long texts one is staged."""
+    database.write("events", [row(f"m{n}", f"a{n}", n) for n in range(100)])
+    sink = opened()
+    apply(sink, update(0, {"user_id": "u"}, device("nobody")))
+    texts = sent(sink)
+
+    applied = apply(
+        sink,
+        *(
+            update(n, {"user_id": f"{n}'\\\n"}, device(f"a{n}"), expected_rows=1)
+            for n in range(100)
+        ),
+    )
+    small = [text.split()[0] for text in texts]
+    texts.clear()
+    apply(sink, update(200, {"user_id": "u" * 100_000}, device("a1"), expected_rows=1))
+
+    assert small[:6] == ["SELECT", "COMMIT", "UPDATE", "SELECT", "INSERT", "COMMIT"]
+    assert applied.statements == 4
+    assert database.column("user_id")["m1"] == "u" * 100_000
+    assert {key: value for key, value in database.column("user_id").items() if key != "m1"} == {
+        f"m{n}": f"{n}'\\\n" for n in range(100) if n != 1
+    }
+    assert texts[0].startswith("CREATE TEMPORARY TABLE")
+
+
 def test_later_updates_of_another_worker_are_not_undone(database: Database, opened: Opened) -> None:
     """A worker whose rows were taken between its look at the ledger and its UPDATE looks again."""
     database.write("events", [row(f"m{n}", "a1", n) for n in range(4)])
@@ -628,6 +591,7 @@ def test_nothing_is_left_of_a_plan(database: Database, opened: Opened) -> None:
     """Stages are dropped after the plan, and go with the session when it failed."""
     database.write("events", [row("m1", "a1", 1)])
     sink = opened()
+    sink.inline_rows = 0
     apply(sink, update(1, {"user_id": "u1"}, device("a1")))
     database.server.fail({"begins": "UPDATE", "code": "001003", "times": 2})
     before = len(database.server.logins())
@@ -664,6 +628,7 @@ def test_stages_are_filled_in_pages_of_bounded_rows(
     database.write("events", [row(f"m{n}", f"a{n}", n) for n in range(10)])
     monkeypatch.setattr(module, "_PAGE_ROWS", 4)
     sink = opened()
+    sink.inline_rows = 0
     texts = _texts_on_the_wire(sink)
 
     apply(sink, *(update(n, {"user_id": f"u{n}"}, device(f"a{n}")) for n in range(10)))
@@ -682,6 +647,7 @@ def test_stages_are_filled_in_pages_of_bounded_size(
     database.write("events", [row(f"m{n}", key, n) for n, key in enumerate(keys)])
     monkeypatch.setattr(module, "_PAGE_BYTES", 5_000)
     sink = opened()
+    sink.inline_rows = 0
     texts = _texts_on_the_wire(sink)
 
     apply(sink, *(update(n, {"user_id": key}, device(key)) for n, key in enumerate(keys)))

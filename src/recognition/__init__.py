@@ -44,7 +44,7 @@ from recognition.messages import (
 )
 from recognition.planner import Plan, Step, plan_updates
 from recognition.recognizer import Recognition, Recognizer
-from recognition.rules import References, Rules, Supersede, TableRules
+from recognition.rules import MergeTraits, References, Rules, Supersede, TableRules
 from recognition.sinks import Applied, Capabilities, Sink, installed_schemes, open_sink
 
 __version__ = "0.1.0"
@@ -76,6 +76,7 @@ __all__ = [
     "IdentityRules",
     "InputError",
     "Layout",
+    "MergeTraits",
     "MessageError",
     "Messages",
     "MissingDependencyError",

@@ -38,6 +38,7 @@ from recognition.config import (
     build_format,
     build_rules,
     hide_password,
+    hide_secrets,
     load_settings,
     render_reference,
 )
@@ -587,7 +588,7 @@ def _apply(arguments: argparse.Namespace) -> int:
                 yield update
 
     with ExitStack() as stack:
-        sink = stack.enter_context(closing(open_sink(settings.sink)))
+        sink = stack.enter_context(closing(open_sink(settings.sink, **settings.sink_options)))
         progress = stack.enter_context(_Progress(arguments, arguments.updates, "updates"))
         updates = progress.read(read)
         while window := list(islice(updates, _WINDOW)):
@@ -620,7 +621,9 @@ def _look_for(sources: Sequence[str]) -> None:
 
 
 def _open_sink(settings: Settings, stack: ExitStack) -> Sink | None:
-    return stack.enter_context(closing(open_sink(settings.sink))) if settings.sink else None
+    if settings.sink is None:
+        return None
+    return stack.enter_context(closing(open_sink(settings.sink, **settings.sink_options)))
 
 
 def _open_existing(url: str) -> Graph | None:
@@ -1127,6 +1130,7 @@ def _config(arguments: argparse.Namespace) -> int:
         settings[key] = settings[key] and hide_password(settings[key])
     for destination in settings["destinations"]:
         destination["url"] = hide_password(destination["url"])
+    settings["sink_options"] = hide_secrets(settings["sink_options"])
     if arguments.json:
         _print_json(settings)
     else:

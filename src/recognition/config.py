@@ -34,7 +34,7 @@ from recognition.errors import ConfigurationError
 from recognition.events import BOTS, FORMATS, Format, parse_paths
 from recognition.identity import IdentityRules
 from recognition.layouts import Columns, Layout, layout_named, single_table
-from recognition.rules import References, Rules, Supersede, TableRules
+from recognition.rules import MergeTraits, References, Rules, Supersede, TableRules
 
 #: Read where no other is named, if it is there.
 DEFAULT_FILE = Path("recognition.toml")
@@ -190,6 +190,8 @@ class Settings(_Table):
     """How they are served."""
     worker: WorkerTable = WorkerTable()
     """What a worker takes in, and shows."""
+    sink_options: Annotated[dict[str, Any], Field(repr=False)] = {}
+    """What else the sink is told, a table `[sink_options]`; the page of each database lists it."""
     policy: Policy = Policy.DEVICE_SPLIT
     """Who owns the events of a shared device."""
     lookback_days: Annotated[int, Field(ge=0, le=36500)] = 30
@@ -200,6 +202,8 @@ class Settings(_Table):
     """The column that receives the owner; where nothing is said, the layout's user column."""
     traits: Words = ()
     """The traits that an update sets beside the user, for example `email`."""
+    merge_traits: MergeTraits = MergeTraits.OVERWRITE
+    """Whether a trait that the person never named empties what the event itself had."""
     references: References = References.IDS
     """Whether message ids and times are kept, so that an update can name its rows one by one."""
     supersede: Supersede = Supersede.AUTO
@@ -396,6 +400,7 @@ def build_rules(settings: Settings, *, stamps: bool) -> Rules:
             layout=_build_layout(settings.layout),
             target_column=settings.target_column,
             traits=settings.traits,
+            merge_traits=settings.merge_traits,
             stamps=stamps,
             default=default,
             tables={
@@ -521,6 +526,18 @@ def hide_password(url: str) -> str:
     """The URL as it may be shown: without its password, and without secrets in its query."""
     url = re.sub(r"(//[^/@:]*):.*@", r"\1:***@", url)
     return re.sub(r"(?i)([?&][^=&]*(?:password|secret|token|key)[^=&]*=)[^&]*", r"\1***", url)
+
+
+def hide_secrets(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a sink as they may be shown: without what looks like a secret by its name."""
+    return {
+        name: hide_secrets(value)
+        if isinstance(value, Mapping)
+        else "***"
+        if re.search(r"(?i)password|secret|token|key|passphrase", name)
+        else value
+        for name, value in options.items()
+    }
 
 
 def render_reference() -> str:

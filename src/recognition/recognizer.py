@@ -168,7 +168,7 @@ class Recognizer:
                 if versioned:
                     row[VERSION_COLUMN] = None
                 if stamp is not None:
-                    row.update(rules.values_of(table, stamp.id, stamp.traits))
+                    row.update(rules.values_of(table, stamp.id, stamp.traits, first=True))
                     if versioned:
                         row[VERSION_COLUMN] = version
                 found.setdefault(table, []).append(row)

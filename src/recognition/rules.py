@@ -48,6 +48,16 @@ class Supersede(StrEnum):
     """Nobody else writes to the target column: whole spans are written, whatever they hold."""
 
 
+class MergeTraits(StrEnum):
+    """What becomes of a trait in a row when its person never named it."""
+
+    OVERWRITE = "overwrite"
+    """It is emptied: recognised rows hold what the person named, and nothing else."""
+    COALESCE = "coalesce"
+    """It stays as the event itself had it, as long as the row belonged to nobody before; a row that
+    goes from one person to another is emptied, so that it holds nothing of the first."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableRules:
     """What is kept and compared for one table."""
@@ -74,6 +84,7 @@ class Rules:
             user column, and then only rows without a user of their own are ever written.
         traits: The user traits that an update writes too. Recognised rows hold the latest value
             that the person has named, in these columns, and nothing where it never named one.
+        merge_traits: Whether a trait that the person never named empties what the event had.
         stamps: Whether the rows are written from what `Recognizer.process` returns. ``False``:
             somebody else writes them as they came, so that every owned row needs an update.
         tables: What is kept and compared, for tables that differ from ``default``.
@@ -91,11 +102,13 @@ class Rules:
     layout: Layout = LAYOUTS["segment-single-table"]
     target_column: str | None = None
     traits: tuple[str, ...] = ()
+    merge_traits: MergeTraits = MergeTraits.OVERWRITE
     stamps: bool = True
     tables: Mapping[str, TableRules] = field(default_factory=dict)
     default: TableRules = field(default_factory=TableRules)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "merge_traits", MergeTraits(self.merge_traits))
         if not self.workspace.strip():
             raise ConfigurationError("workspace is empty; every identifier lies inside one")
         plain = [name for name in self.traits if self._is_hashed(name)]
@@ -192,18 +205,25 @@ class Rules:
         return self.target_column or self.layout.columns_of(table).user_id
 
     def values_of(
-        self, table: str, owner: str | None, traits: Sequence[str | int | float | bool | None]
+        self,
+        table: str,
+        owner: str | None,
+        traits: Sequence[str | int | float | bool | None],
+        *,
+        first: bool = False,
     ) -> Row:
         """
         The columns that a row of this owner holds; of nobody's row, all of them are empty.
 
-        A trait that the person never named is empty too: nothing of another owner stays behind.
+        A trait that the person never named is empty too: nothing of another owner stays behind. To
+        ``coalesce`` leaves such a trait away where the owner is the ``first`` that the row has.
         """
+        keeps = first and owner is not None and self.merge_traits is MergeTraits.COALESCE
         values: Row = {self.target_of(table): owner}
         columns = self.layout.columns_of(table)
         for trait, value in zip(self.traits, traits or [None] * len(self.traits), strict=True):
             column = columns.trait_column(trait)
-            if column is not None:
+            if column is not None and not (keeps and value is None):
                 values[column] = value
         return values
 

@@ -1392,13 +1392,14 @@ class _Decision:
         ``whole``: these are all rows of the device that the graph knows in their range.
         """
         target = self._rules.target_of(table)
+        first = old is None and timeline not in self._taken_back
         criteria = self._of_device(table, anonymous_id)
         expected = True
         if self._rules.supersede_of(table) is Supersede.REFERENCES:
-            if old is not None or not whole or timeline in self._taken_back:
+            if not first or not whole:
                 for part in _parts(refs):
                     named = [*criteria, self._messages(table, part)]
-                    self._emit(table, new, named, len(part), cause)
+                    self._emit(table, new, named, len(part), cause, first=first)
                 if not whole:
                     return
                 expected = False
@@ -1416,10 +1417,11 @@ class _Decision:
             # Of days that are kept none is named between them: what takes back names no other.
             for times in _by_run(piece) if days else [piece]:
                 between = self._between(table, min(times), max(times) + 1)
-                self._emit(table, new, [*criteria, between], len(times) if expected else 0, cause)
+                count = len(times) if expected else 0
+                self._emit(table, new, [*criteria, between], count, cause, first=first)
         for part in _parts(alone):
             named = [*criteria, self._messages(table, part)]
-            self._emit(table, new, named, len(part) if expected else 0, cause)
+            self._emit(table, new, named, len(part) if expected else 0, cause, first=first)
 
     def _emit_messages(
         self,
@@ -1469,9 +1471,10 @@ class _Decision:
         """
         device = self._of_device(table, anonymous_id)
         start, end = max(change.start, BEGINNING), min(change.end, _LAST_TIME)
+        first = _owner(change.old) is None and timeline not in self._taken_back
         for low, high in _around(start, end, self._holes(timeline, start, end, new)):
             between = self._between(table, low, high)
-            self._emit(table, new, [*device, between], None, cause)
+            self._emit(table, new, [*device, between], None, cause, first=first)
 
     def _holes(self, timeline: int, low: int, high: int, new: Owner | None) -> list[int]:
         """The times at which a row of somebody else lies that looks anonymous to the table."""
@@ -1506,11 +1509,13 @@ class _Decision:
         where: Sequence[Criterion],
         expected: int | None,
         cause: Cause,
+        *,
+        first: bool = False,
     ) -> None:
         values = (
             self._rules.values_of(table, None, ())
             if new is None
-            else self._rules.values_of(table, new.id, new.traits)
+            else self._rules.values_of(table, new.id, new.traits, first=first)
         )
         sequence = self._store.next_sequence()
         criteria = list(where)

@@ -14,7 +14,10 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Protocol, cast, runtime_checkable
+from inspect import Parameter, isclass, signature
+from typing import Protocol, cast, get_type_hints, runtime_checkable
+
+from pydantic import TypeAdapter, ValidationError
 
 from recognition.errors import (
     ConfigurationError,
@@ -135,18 +138,20 @@ def installed_schemes() -> tuple[str, ...]:
     return tuple(sorted({*_BUILT_IN, *(point.name for point in entry_points(group=_GROUP))}))
 
 
-def open_sink(url: str, **options: object) -> Sink:
+def open_sink(url: str, /, **options: object) -> Sink:
     """
     The sink of a URL's scheme; it connects when it is first used.
 
     Args:
         url: For example ``sqlite:///warehouse.db``. A driver may follow the scheme: ``scheme+x``.
-        options: Handed to the sink.
+        options: Handed to the sink, as what it says it takes: texts of the environment too, such as
+            ``"60"`` for a number.
 
     Raises:
         UnknownSchemeError: No sink is installed for the scheme; the text lists those that are.
         MissingDependencyError: The sink's driver is not installed; the text names the command.
-        ConfigurationError: This is no URL.
+        ConfigurationError: This is no URL, or the sink takes no such option; the text names the
+            nearest that it takes.
     """
     found = re.match(r"([A-Za-z][A-Za-z0-9_.-]*)(\+[A-Za-z0-9_.-]+)?:", url)
     if found is None:
@@ -155,7 +160,34 @@ def open_sink(url: str, **options: object) -> Sink:
             "a sink is given as a URL that begins with a scheme, such as sqlite:///warehouse.db"
         )
     scheme = found[1].lower()
-    return _load(scheme)(url, **options)
+    sink = _load(scheme)
+    return sink(url, **_read_options(scheme, sink, options))
+
+
+def _read_options(
+    scheme: str, sink: Callable[..., Sink], options: Mapping[str, object]
+) -> dict[str, object]:
+    """The options as the sink's parameters of these names want them."""
+    if not options:
+        return {}
+    _, *parameters = signature(sink).parameters.values()  # the first is the URL
+    if any(each.kind is Parameter.VAR_KEYWORD for each in parameters):
+        return dict(options)
+    known = [each.name for each in parameters]
+    types = get_type_hints(sink.__init__ if isclass(sink) else sink)
+    read: dict[str, object] = {}
+    for name, value in options.items():
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
+            raise ConfigurationError(f"the sink {scheme!r} takes no option {name!r}; {hint}")
+        try:
+            read[name] = TypeAdapter(types.get(name, object)).validate_python(value)
+        except ValidationError as exc:
+            # The value is not shown: it may be a secret.
+            reasons = "; ".join(error["msg"] for error in exc.errors(include_input=False))
+            raise ConfigurationError(f"the sink {scheme!r}, option {name!r}: {reasons}") from None
+    return read
 
 
 def _load(scheme: str) -> Callable[..., Sink]:

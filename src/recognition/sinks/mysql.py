@@ -42,15 +42,17 @@ from recognition.errors import (
     TableError,
 )
 from recognition.events import parse_time
-from recognition.planner import Bound, Value
+from recognition.planner import Bound, Step, Value
 from recognition.sinks.rows import Column
 from recognition.sinks.sql import (
     LEDGER,
+    Inline,
     Interval,
     SqlSink,
     StageColumn,
     Target,
     Transaction,
+    render_json,
 )
 
 _EPOCH = datetime(1970, 1, 1)
@@ -152,6 +154,7 @@ class MysqlSink(SqlSink):
     indexed = True
     ledger_first = True
     collating = ("text",)
+    inline_rows = 100
     types: ClassVar[Mapping[str, str]] = {
         "text": "LONGTEXT",
         "time": "DATETIME(6)",
@@ -373,6 +376,38 @@ class MysqlSink(SqlSink):
             return "DATETIME(6)"
         return like.type
 
+    def _goes_inline(self, step: Step, target: Target) -> bool:
+        # MariaDB has no UUID within JSON_TABLE.
+        named = (*step.shape.equals, *step.shape.columns)
+        return super()._goes_inline(step, target) and all(
+            target.column(name).kind != "uuid" for name in named
+        )
+
+    def inline(
+        self,
+        name: str,
+        columns: Sequence[StageColumn],
+        target: Target,
+        lists: Sequence[Sequence[Any]],
+    ) -> sa.FromClause:
+        """
+        All rows as one JSON text, so that the statement is the same for any number of them.
+
+        https://dev.mysql.com/doc/refman/8.0/en/json-table-functions.html,
+        https://mariadb.com/kb/en/json_table/: what an object has no member for is NULL.
+        """
+        rows = render_json(columns, _store(columns, lists))
+        declared = ", ".join(
+            f"{column.name} {self._stage_type(column)} PATH '$.{column.name}' ERROR ON ERROR"
+            for column in columns
+        )
+        table = Inline(
+            sa.literal_column("JSON_TABLE("),
+            sa.literal(rows, sa.Text()),
+            sa.literal_column(f", '$[*]' COLUMNS ({declared}))"),
+        )
+        return table.table_valued(*(column.name for column in columns), name=name)
+
     def fill_stage(
         self,
         transaction: Transaction,
@@ -381,10 +416,7 @@ class MysqlSink(SqlSink):
         lists: Sequence[Sequence[Any]],
     ) -> None:
         """By INSERTs of many rows, each below the size that the server takes at once."""
-        stored = [
-            [*map(_show_time, values)] if column.kind == "time" else values
-            for column, values in zip(columns, lists, strict=True)
-        ]
+        stored = _store(columns, lists)
         marks = f"({', '.join(['%s'] * len(columns))})"
         most = min(_PAGE_BYTES, transaction.connection.info["max_allowed_packet"] // 2)
         page: list[Any] = []
@@ -739,6 +771,14 @@ def _show_time(microseconds: int | None) -> str | None:
         return None
     within = max(_FIRST_TIME, min(microseconds, _LAST_TIME))
     return (_EPOCH + within * _MICROSECOND).isoformat(sep=" ", timespec="microseconds")
+
+
+def _store(columns: Sequence[StageColumn], lists: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
+    """The values as the server reads them."""
+    return [
+        [*map(_show_time, values)] if column.kind == "time" else values
+        for column, values in zip(columns, lists, strict=True)
+    ]
 
 
 def _constant(microseconds: int) -> sa.ColumnElement[Any]:

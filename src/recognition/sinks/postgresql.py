@@ -18,12 +18,10 @@ from __future__ import annotations
 
 import math
 import re
-import sys
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, ClassVar, cast
 from uuid import UUID
@@ -31,7 +29,6 @@ from uuid import UUID
 import psycopg
 import sqlalchemy as sa
 from psycopg import sql
-from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.engine import make_url
 from sqlalchemy.schema import CreateTable
 
@@ -43,31 +40,31 @@ from recognition.errors import (
     TableError,
 )
 from recognition.events import parse_time
-from recognition.planner import Bound, Step, Value
+from recognition.planner import Step, Value
+from recognition.sinks.postgres_like import (
+    EPOCH,
+    FIRST_TIME,
+    LAST_TIME,
+    MICROSECOND,
+    CatalogueColumn,
+    CatalogueTarget,
+    Found,
+    PostgresLikeSink,
+    is_moment,
+    read_type,
+    show_clock,
+)
 from recognition.sinks.rows import Column
 from recognition.sinks.sql import (
     LEDGER,
-    Interval,
     SqlSink,
     StageColumn,
     Target,
     Transaction,
 )
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
-_DAY = 86_400 * 1_000_000
-_FIRST_TIME = (datetime.min.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND
-_LAST_TIME = (datetime.max.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND
-
 # A timestamp in binary is an int8: microseconds since 2000-01-01.
-_EPOCH_2000 = (datetime(2000, 1, 1, tzinfo=UTC) - _EPOCH) // _MICROSECOND
-
-# https://www.postgresql.org/docs/current/datatype-numeric.html
-_BITS = {"int2": 16, "int4": 32, "int8": 64}
-_FLOATS = {"float4": 3.4028234663852886e38, "float8": sys.float_info.max}
-_TEXTS = {"text", "varchar", "bpchar", "citext"}
-_TIMES = {"date", "timestamp", "timestamptz"}
+_EPOCH_2000 = (datetime(2000, 1, 1, tzinfo=UTC) - EPOCH) // MICROSECOND
 
 # How Python writes the encodings of a database
 # (https://www.postgresql.org/docs/current/multibyte.html). SQL_ASCII takes any bytes, and ours are
@@ -144,42 +141,36 @@ ORDER BY a.attnum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Column(Column):
+class _Column(CatalogueColumn):
     """
-    A column of PostgreSQL.
+    A column of PostgreSQL; the type of a domain is the one it is made of.
 
     Args:
-        type: The type's name in ``pg_type``; that of a domain is the one it is made of.
         plain: This type as a declaration has it, with its width or precision.
         collated: It has a collation of its own.
         blurred: Different texts may be equal.
-        precision: The finest time that it holds, in microseconds; a date is 86,400 seconds.
     """
 
-    type: str
     plain: str
     collated: bool = False
     blurred: bool = False
-    precision: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Target(Target):
+class _Target(CatalogueTarget):
     """
     A table of PostgreSQL.
 
     Args:
         oid: By which the server knows it.
-        schema: Where it is.
         foreign: Its rows are on another server.
     """
 
     oid: int
-    schema: str
     foreign: bool = False
 
 
-class PostgresqlSink(SqlSink):
+class PostgresqlSink(PostgresLikeSink):
     """
     A database of a PostgreSQL server, ``postgresql+psycopg://user:password@host/database``.
 
@@ -253,45 +244,23 @@ class PostgresqlSink(SqlSink):
             (str(milliseconds),),
         )
 
-    def exists(self) -> bool:
-        """The server says when there is none."""
-        return True
-
     # Tables -------------------------------------------------------------------------------------
 
-    def find_table(self, connection: sa.Connection, parts: Sequence[str]) -> Target | None:
-        """
-        By the exact name, else by the one that differs in case alone.
+    def list_named(
+        self, connection: sa.Connection, table: str, schema: str | None
+    ) -> Sequence[Found]:
+        """Without a schema those of the first in the ``search_path``, the exact one before all."""
+        asked = {"table": table, "schema": schema}
+        found = [Found(*row) for row in connection.exec_driver_sql(_TABLE, asked)]
+        if schema is not None or not found:
+            return found
+        exact = [each for each in found if each.relname == table]
+        return exact[:1] or [each for each in found if each.nspname == found[0].nspname]
 
-        Without a schema, the first of the ``search_path`` that has such a table is meant.
-        """
-        if len(parts) > 3:
-            return None
-        if len(parts) == 3:
-            ((database,),) = connection.exec_driver_sql("SELECT current_database()")
-            if database.lower() != parts[0].lower():
-                return None
-            parts = parts[1:]
-        schema = parts[0] if len(parts) == 2 else None
-        asked = {"table": parts[-1], "schema": schema}
-        found = [*connection.exec_driver_sql(_TABLE, asked)]
-        exact = [row for row in found if row.relname == parts[-1] and schema in (None, row.nspname)]
-        found = exact or found
-        if schema is None:
-            found = [row for row in found if row.nspname == found[0].nspname][
-                : 1 if exact else None
-            ]
-        if not found:
-            return None
-        if len(found) > 1:
-            names = ((row.nspname, row.relname)[2 - len(parts) :] for row in found)
-            several = " and ".join(repr(".".join(name)) for name in names)
-            return Target(parts=tuple(parts), columns={}, ambiguous={"": several})
-        (row,) = found
-        columns: dict[str, Column] = {}
-        spelled: defaultdict[str, list[str]] = defaultdict(list)
-        for each in connection.exec_driver_sql(_COLUMNS, {"table": row.oid}):
-            columns[each.name.lower()] = _describe(
+    def list_columns(self, connection: sa.Connection, oid: int) -> Iterator[CatalogueColumn]:
+        """In their order."""
+        for each in connection.exec_driver_sql(_COLUMNS, {"table": oid}):
+            yield _describe(
                 each.name,
                 each.declared,
                 each.type,
@@ -302,16 +271,24 @@ class PostgresqlSink(SqlSink):
                 collated=each.collated,
                 blurred=each.blurred,
             )
-            spelled[each.name.lower()].append(repr(each.name))
+
+    def make_target(
+        self,
+        found: Found,
+        parts: tuple[str, ...],
+        columns: Mapping[str, Column],
+        ambiguous: Mapping[str, str],
+    ) -> CatalogueTarget:
+        """With what the locks and the refusals need."""
         return _Target(
-            parts=(row.nspname, row.relname)[2 - len(parts) :],
+            parts=parts,
             columns=columns,
             collated=any(cast(_Column, column).blurred for column in columns.values()),
-            view=row.relkind in ("v", "m"),
-            ambiguous={n: " and ".join(each) for n, each in spelled.items() if len(each) > 1},
-            oid=row.oid,
-            schema=row.nspname,
-            foreign=row.relkind == "f",
+            view=found.relkind in ("v", "m"),
+            ambiguous=ambiguous,
+            oid=found.oid,
+            schema=found.nspname,
+            foreign=found.relkind == "f",
         )
 
     def list_tables(self, connection: sa.Connection) -> Sequence[str]:
@@ -327,17 +304,6 @@ class PostgresqlSink(SqlSink):
         """As `load` makes it."""
         types = {"text": "text", "time": "timestamptz", "integer": "int8", "float": "float8"}
         return _describe(name, self.types[kind], types.get(kind, "bool"), self.types[kind], -1)
-
-    def refuse_time(self, column: Column) -> str | None:
-        """Texts and numbers may hold times of any form, which no index or partition serves."""
-        if column.kind == "time":
-            return None
-        return f"times are compared with a timestamptz, timestamp or date; it is {column.declared}"
-
-    def noted_name(self, target: Target) -> str:
-        """With its schema: two schemas may have tables of one name."""
-        assert isinstance(target, _Target)
-        return f"{target.schema}.{target.parts[-1]}"
 
     def locked(
         self, transaction: Transaction, tables: Sequence[str]
@@ -378,10 +344,6 @@ class PostgresqlSink(SqlSink):
         return nullcontext()
 
     # The stage ----------------------------------------------------------------------------------
-
-    def stage_time(self, like: Column) -> sa.types.TypeEngine[Any]:
-        """A date is compared with a timestamp of the same clock."""
-        return TIMESTAMP(timezone=_is_moment(like))
 
     def fill_stage(
         self,
@@ -490,27 +452,6 @@ class PostgresqlSink(SqlSink):
 
     def _blurs(self, column: Column, target: Target) -> bool:
         return isinstance(column, _Column) and column.blurred
-
-    def lies_within(
-        self,
-        like: Column,
-        time: sa.ColumnElement[Any],
-        interval: Interval,
-        open_ended: bool,
-    ) -> sa.ColumnElement[bool]:
-        """The stage has the column's clock."""
-        return self.inside(time, interval.start, interval.end, open_ended)
-
-    def bounded(
-        self, like: Column, time: sa.ColumnElement[Any], bound: Bound
-    ) -> Sequence[sa.ColumnElement[bool]]:
-        """Partitions and BRIN ranges whose times lie outside are skipped."""
-        where: list[sa.ColumnElement[bool]] = []
-        if bound.lower is not None and bound.lower > _FIRST_TIME:
-            where.append(time >= _constant(like, bound.lower))
-        if bound.upper is not None and bound.upper <= _LAST_TIME:
-            where.append(time < _constant(like, bound.upper))
-        return where
 
     # Values -------------------------------------------------------------------------------------
 
@@ -631,60 +572,22 @@ def _describe(
     collated: bool = False,
     blurred: bool = False,
 ) -> _Column:
-    kind = "other"
-    width: int | None = None
-    low: float | None = None
-    high: float | None = None
-    precision = 1
-    if type_ in _TEXTS:
-        kind = "text"
-        width = modifier - 4 if modifier > 4 else None
-    elif type_ in _BITS:
-        kind = "integer"
-        low, high = -(2 ** (_BITS[type_] - 1)), 2 ** (_BITS[type_] - 1) - 1
-    elif type_ == "numeric":
-        kind = "decimal"
-        if modifier > 4:
-            # 11 bits of scale, since 15 signed; https://www.postgresql.org/docs/current/catalog-pg-attribute.html
-            digits, scale = (modifier - 4) >> 16, (((modifier - 4) & 0x7FF) ^ 1024) - 1024
-            high = 10.0 ** (digits - scale) - 10.0**-scale
-            low = -high
-    elif type_ in _FLOATS:
-        kind, high = "float", _FLOATS[type_]
-        low = -high
-    elif type_ == "bool":
-        kind = "boolean"
-    elif type_ == "uuid":
-        kind = "uuid"
-    elif type_ in _TIMES:
-        kind = "time"
-        precision = _DAY if type_ == "date" else 10 ** (6 - (modifier if modifier >= 0 else 6))
+    held = read_type(type_, modifier, signed_scale=True)
     return _Column(
         name=name,
         declared=declared,
-        kind=kind,
+        kind=held.kind,
         nullable=nullable,
-        width=width,
-        low=low,
-        high=high,
+        width=held.width,
+        low=held.low,
+        high=held.high,
         generated=generated,
         type=type_,
         plain=plain,
         collated=collated,
         blurred=blurred,
-        precision=precision,
+        precision=held.precision,
     )
-
-
-def _is_moment(like: Column) -> bool:
-    return cast(_Column, like).type not in ("date", "timestamp")
-
-
-def _constant(like: Column, microseconds: int) -> sa.ColumnElement[Any]:
-    moment = _EPOCH + microseconds * _MICROSECOND
-    if _is_moment(like):
-        return sa.literal(moment, TIMESTAMP(timezone=True))
-    return sa.literal(moment.replace(tzinfo=None), TIMESTAMP())
 
 
 class _ArrayOf(sa.types.UserDefinedType[Any]):
@@ -704,7 +607,7 @@ def _name_type(column: StageColumn) -> str:
     if column.like is None:
         return "bigint" if column.kind == "integer" else "text"
     if column.kind == "time":
-        return "timestamptz" if _is_moment(column.like) else "timestamp"
+        return "timestamptz" if is_moment(column.like) else "timestamp"
     return cast(_Column, column.like).plain
 
 
@@ -712,11 +615,10 @@ def _as_bound(column: StageColumn) -> Callable[[Any], Any]:
     """What makes of a value what psycopg binds as an element of such an array."""
     change: Callable[[Any], Any] | None
     if column.like is not None and column.kind == "time":
-        zone = UTC if _is_moment(column.like) else None
+        like = column.like
 
         def change(microseconds: int) -> datetime:
-            within = max(_FIRST_TIME, min(microseconds, _LAST_TIME))
-            return (_EPOCH + within * _MICROSECOND).replace(tzinfo=zone)
+            return show_clock(like, max(FIRST_TIME, min(microseconds, LAST_TIME)))
     else:
         _, change = _wire(column)
     return lambda value: value if value is None or change is None else change(value)

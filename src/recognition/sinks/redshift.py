@@ -17,27 +17,29 @@ The dialect is that of ``sqlalchemy-redshift``, but for its reflection, which as
 the catalogue that newer patches and SQLAlchemy do not agree on. Tables are looked up in the part of
 ``pg_catalog`` that Redshift has in common with PostgreSQL 8.
 
+Large stages go by way of an S3 bucket, where one is named: there is no ``COPY FROM STDIN``.
+
 Times: a ``timestamp`` or ``date`` is taken to be UTC, a ``timestamptz`` is a moment.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
+import logging
 import math
 import re
 import struct
-import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from decimal import Decimal
 from typing import Any, ClassVar, cast
+from uuid import uuid4
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import registry
-from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.schema import CreateTable
 from sqlalchemy_redshift.dialect import RedshiftDialect_redshift_connector
@@ -52,39 +54,63 @@ from recognition.errors import (
     ValueRefusedError,
 )
 from recognition.events import parse_time
-from recognition.planner import Bound, Step, Value
+from recognition.planner import Step, Value
+from recognition.sinks.postgres_like import (
+    CatalogueColumn,
+    CatalogueTarget,
+    Found,
+    PostgresLikeSink,
+    is_moment,
+    read_type,
+    show_clock,
+)
 from recognition.sinks.rows import Column
 from recognition.sinks.sql import (
     LEDGER,
-    Interval,
+    Inline,
     SqlSink,
     StageColumn,
     Target,
     Transaction,
 )
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
-_FIRST_TIME = (datetime.min.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND
-_LAST_TIME = (datetime.max.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND
-_DAY = 86_400 * 1_000_000
+_log = logging.getLogger("recognition.sinks.redshift")
 
 # The widest VARCHAR, in bytes: https://docs.aws.amazon.com/redshift/latest/dg/r_Character_types.html
 _WIDEST = 65_535
-
-# https://docs.aws.amazon.com/redshift/latest/dg/r_Numeric_types201.html
-_BITS = {"int2": 16, "int4": 32, "int8": 64}
-_FLOATS = {"float4": 3.4028234663852886e38, "float8": sys.float_info.max}
-_TEXTS = {"text", "varchar", "bpchar"}
-_TIMES = {"date", "timestamp", "timestamptz"}
 
 # One statement has 16 MB at most (https://docs.aws.amazon.com/redshift/latest/dg/r_INSERT_30.html),
 # psycopg2 writes values into its text, and redshift_connector binds 32,767 at most.
 _PAGE_BYTES = 15_000_000
 _PAGE_VALUES = 32_767
 
+# What COPY takes as one row: https://docs.aws.amazon.com/redshift/latest/dg/r_COPY.html.
+_COPY_ROW_BYTES = 4 * 1024 * 1024
+
+# A bucket and a prefix (https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html,
+# ..object-keys.html, of whose safe characters no quote is one), a role or several in a chain
+# (https://docs.aws.amazon.com/redshift/latest/dg/copy-parameters-authorization.html), a region.
+_S3_OPTIONS = {
+    "s3": (
+        r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([\w!.*/-]*))?",
+        "is a bucket and, if wanted, a prefix: s3://bucket/prefix",
+    ),
+    "iam_role": (
+        r"default|arn:[\w:/+=.@-]+(,arn:[\w:/+=.@-]+)*",
+        "is default, or the ARN of a role",
+    ),
+    "s3_region": (r"[a-z0-9-]+", "is a region, such as eu-west-1"),
+}
+
+# What S3 says to those whom it does not let in, or whose bucket is not there:
+# https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
+_S3_LOGIN = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+
 # For how long a connection is used. redshift_connector keeps every text that it ever sent.
 _RECYCLED = 1_800  # seconds
+
+# A value that the driver itself knows how to send.
+_AS_IT_IS = sa.types.NullType()
 
 # What every session sets. A group shows in SYS_QUERY_HISTORY and may route to a queue:
 # https://docs.aws.amazon.com/redshift/latest/dg/r_query_group.html. That one row is set by two is
@@ -176,29 +202,13 @@ _LEDGER = sa.Table(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Column(Column):
-    """
-    A column of Redshift; its width is in bytes.
+class _Column(CatalogueColumn):
+    """A column of Redshift; its width is in bytes, and it keeps so many decimals."""
 
-    Args:
-        type: The type's name in ``pg_type``.
-        precision: The finest time that it holds, in microseconds; a date is 86,400 seconds.
-        scale: How many decimals it keeps.
-    """
-
-    type: str
-    precision: int = 1
     scale: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Target(Target):
-    """A table of Redshift, with the schema where it is."""
-
-    schema: str
-
-
-class RedshiftSink(SqlSink):
+class RedshiftSink(PostgresLikeSink):
     """
     A database of Amazon Redshift.
 
@@ -213,12 +223,22 @@ class RedshiftSink(SqlSink):
         statement_timeout: After how many seconds the server ends a statement.
         lock_tables: Lock the tables of a plan too, for databases whose isolation is SERIALIZABLE
             and whose loaders would be in the way again and again. Whoever reads them waits then.
+        s3: ``s3://bucket/prefix``: stages that one INSERT does not hold are put there, copied and
+            removed. The credentials are those that boto3 finds; ``boto3`` comes with
+            ``redshift_connector``. This and the next two may also stand in the URL.
+        iam_role: With which role the cluster reads the bucket, by its ARN, or ``default``.
+        s3_region: Where the bucket is, if not where the cluster is.
     """
 
     indexed = False
     ledger_first = True  # it is the lock
     text = sa.String(_WIDEST)
     collating = ()
+    inline_rows = 100
+
+    #: A stage of more INSERTs goes by way of the bucket, where one was named.
+    insert_pages: ClassVar[int] = 1
+
     types: ClassVar[Mapping[str, str]] = {
         "text": f"VARCHAR({_WIDEST})",
         "time": "TIMESTAMPTZ",
@@ -241,6 +261,9 @@ class RedshiftSink(SqlSink):
         settings: Mapping[str, str] = _SETTINGS,
         statement_timeout: float = 3_600.0,
         lock_tables: bool = False,
+        s3: str | None = None,
+        iam_role: str = "default",
+        s3_region: str | None = None,
     ) -> None:
         for name, value in settings.items():
             if not re.fullmatch(r"[a-z_]+(\.[a-z_]+)?", name) or not re.fullmatch(_PLAIN, value):
@@ -257,6 +280,7 @@ class RedshiftSink(SqlSink):
         }
         self._statement_timeout = statement_timeout
         self._locks_tables = lock_tables
+        self._s3_options = {"s3": s3, "iam_role": iam_role, "s3_region": s3_region}
         super().__init__(
             url,
             timeout=timeout,
@@ -270,6 +294,8 @@ class RedshiftSink(SqlSink):
             parsed = make_url(url)
         except (sa.exc.ArgumentError, ValueError) as exc:
             raise ConfigurationError(_URLS) from exc
+        self._bucket = _open_bucket({**self._s3_options, **parsed.query}, timeout)
+        parsed = parsed.difference_update_query(_S3_OPTIONS)
         if parsed.drivername == "redshift+psycopg2":
             options: dict[str, Any] = {
                 "application_name": "recognition",
@@ -318,43 +344,28 @@ class RedshiftSink(SqlSink):
         cursor.close()
         connection.commit()
 
-    def exists(self) -> bool:
-        """The server says when there is none."""
-        return True
+    def close(self) -> None:
+        """Close all connections, those to the bucket too."""
+        super().close()
+        if self._bucket is not None:
+            self._bucket.close()
 
     # Tables -------------------------------------------------------------------------------------
 
-    def find_table(self, connection: sa.Connection, parts: Sequence[str]) -> Target | None:
-        """
-        By the exact name, else by the one that differs in case alone.
+    def list_named(
+        self, connection: sa.Connection, table: str, schema: str | None
+    ) -> Sequence[Found]:
+        """Without a schema those that are visible in the ``search_path``."""
+        asked: tuple[str, ...] = (table, table.lower())
+        if schema is not None:
+            asked += (schema, schema.lower())
+        statement = _TABLE + (_VISIBLE if schema is None else _IN_SCHEMA) + _ORDER
+        return [Found(*row) for row in connection.exec_driver_sql(statement, asked)]
 
-        Without a schema, the first of the ``search_path`` that has such a table is meant.
-        """
-        if len(parts) > 3:
-            return None
-        if len(parts) == 3:
-            ((database,),) = connection.exec_driver_sql("SELECT current_database()")
-            if database.lower() != parts[0].lower():
-                return None
-            parts = parts[1:]
-        asked: tuple[str, ...] = (parts[-1], parts[-1].lower())
-        if len(parts) == 2:
-            asked += (parts[0], parts[0].lower())
-        statement = _TABLE + (_VISIBLE if len(parts) == 1 else _IN_SCHEMA) + _ORDER
-        found = [*connection.exec_driver_sql(statement, asked)]
-        names = [(row.nspname, row.relname)[2 - len(parts) :] for row in found]
-        exact = [row for row, name in zip(found, names, strict=True) if name == tuple(parts)]
-        found = exact or found
-        if not found:
-            return None
-        if len(found) > 1:
-            several = " and ".join(repr(".".join(name)) for name in names)
-            return Target(parts=tuple(parts), columns={}, ambiguous={"": several})
-        (row,) = found
-        columns: dict[str, Column] = {}
-        spelled: defaultdict[str, list[str]] = defaultdict(list)
-        for each in connection.exec_driver_sql(_COLUMNS, (row.oid,)):
-            columns[each.name.lower()] = _describe(
+    def list_columns(self, connection: sa.Connection, oid: int) -> Iterator[CatalogueColumn]:
+        """In their order."""
+        for each in connection.exec_driver_sql(_COLUMNS, (oid,)):
+            yield _describe(
                 each.name,
                 each.declared,
                 each.type,
@@ -362,13 +373,21 @@ class RedshiftSink(SqlSink):
                 nullable=not each.filled,
                 preset=each.preset or "",
             )
-            spelled[each.name.lower()].append(repr(each.name))
-        return _Target(
-            parts=(row.nspname, row.relname)[2 - len(parts) :],
+
+    def make_target(
+        self,
+        found: Found,
+        parts: tuple[str, ...],
+        columns: Mapping[str, Column],
+        ambiguous: Mapping[str, str],
+    ) -> CatalogueTarget:
+        """External tables are no tables to an UPDATE."""
+        return CatalogueTarget(
+            parts=parts,
             columns=columns,
-            view=row.relkind in ("v", "m", "f"),
-            ambiguous={n: " and ".join(each) for n, each in spelled.items() if len(each) > 1},
-            schema=row.nspname,
+            view=found.relkind in ("v", "m", "f"),
+            ambiguous=ambiguous,
+            schema=found.nspname,
         )
 
     def list_tables(self, connection: sa.Connection) -> Sequence[str]:
@@ -390,17 +409,6 @@ class RedshiftSink(SqlSink):
             "float": ("float8", -1),
         }
         return _describe(name, self.types[kind], *types.get(kind, ("bool", -1)))
-
-    def refuse_time(self, column: Column) -> str | None:
-        """Texts and numbers may hold times of any form, which no zone map serves."""
-        if column.kind == "time":
-            return None
-        return f"times are compared with a timestamptz, timestamp or date; it is {column.declared}"
-
-    def noted_name(self, target: Target) -> str:
-        """With its schema: two schemas may have tables of one name."""
-        assert isinstance(target, _Target)
-        return f"{target.schema}.{target.parts[-1]}"
 
     # Transactions -------------------------------------------------------------------------------
 
@@ -449,10 +457,6 @@ class RedshiftSink(SqlSink):
 
     # The stage ----------------------------------------------------------------------------------
 
-    def stage_time(self, like: Column) -> sa.types.TypeEngine[Any]:
-        """A date is compared with a timestamp of the same clock."""
-        return TIMESTAMP(timezone=_is_moment(like))
-
     def fill_stage(
         self,
         transaction: Transaction,
@@ -461,26 +465,55 @@ class RedshiftSink(SqlSink):
         lists: Sequence[Sequence[Any]],
     ) -> None:
         """
-        By INSERTs of many rows.
+        By INSERTs of many rows; where one is not enough and a bucket was named, by COPY from there.
 
         One row at a time would be a round trip for each of them, and SQLAlchemy's own way to insert
-        many compiles anew each time, because the dialect caches no statements.
+        many compiles anew each time, because the dialect caches no statements. One INSERT takes
+        less time than an object that is put, read and removed.
         """
-        converted = []
-        for column, values in zip(columns, lists, strict=True):
-            change = _wire(column)
-            if change is not None:
-                values = [None if value is None else change(value) for value in values]
-            converted.append(values)
+        converted = _convert_lists(columns, lists)
         named = ", ".join(self._quote(column.name) for column in columns)
+        rows = [*zip(*converted, strict=True)]
+        pages = [*_pages(rows)]
+        if self._bucket is not None and len(pages) > self.insert_pages:
+            null = _choose_null(rows)
+            lines = [_write_line(row, null) for row in rows]
+            if max(map(len, lines)) <= _COPY_ROW_BYTES:
+                with self._bucket.holding(gzip.compress(b"".join(lines), 1)) as source:
+                    transaction.execute_text(
+                        f"COPY {self._quote(name)} ({named}) {source} FORMAT AS CSV GZIP"
+                        f" NULL AS '{null}' TIMEFORMAT 'auto' COMPUPDATE OFF STATUPDATE OFF"
+                    )
+                return
         marks = f"({', '.join(['%s'] * len(columns))})"
-        for page in _pages([*zip(*converted, strict=True)]):
+        for page in pages:
             transaction.statements += 1
             all_marks = ", ".join([marks] * len(page))
             transaction.connection.exec_driver_sql(
                 f"INSERT INTO {self._quote(name)} ({named}) VALUES {all_marks}",
                 tuple(value for row in page for value in row),
             )
+
+    def inline(
+        self,
+        name: str,
+        columns: Sequence[StageColumn],
+        target: Target,
+        lists: Sequence[Sequence[Any]],
+    ) -> sa.FromClause:
+        """A SELECT for each row: there is no table of VALUES, and no array to bind."""
+        ends: list[sa.ColumnElement[Any]] = [
+            sa.literal_column(f" AS {_name_type(c)}) AS {c.name}") for c in columns
+        ]
+        begin: sa.ColumnElement[Any] = sa.literal_column("(SELECT CAST(")
+        pieces: list[sa.ColumnElement[Any]] = []
+        for row in zip(*_convert_lists(columns, lists), strict=True):
+            for value, end in zip(row, ends, strict=True):
+                pieces += (begin, sa.bindparam(None, value, _AS_IT_IS), end)
+                begin = sa.literal_column(", CAST(")
+            begin = sa.literal_column(" UNION ALL SELECT CAST(")
+        table = Inline(*pieces, sa.literal_column(")"))
+        return table.table_valued(*(column.name for column in columns), name=name)
 
     # The ledger ---------------------------------------------------------------------------------
 
@@ -559,31 +592,6 @@ class RedshiftSink(SqlSink):
             return sa.func.length(table.c[column.name]) == 0
         return super()._empty(table, target, name)
 
-    def lies_within(
-        self,
-        like: Column,
-        time: sa.ColumnElement[Any],
-        interval: Interval,
-        open_ended: bool,
-    ) -> sa.ColumnElement[bool]:
-        """The stage has the column's clock."""
-        return self.inside(time, interval.start, interval.end, open_ended)
-
-    def bounded(
-        self, like: Column, time: sa.ColumnElement[Any], bound: Bound
-    ) -> Sequence[sa.ColumnElement[bool]]:
-        """
-        Blocks whose times lie outside are skipped by their zone maps.
-
-        https://docs.aws.amazon.com/redshift/latest/dg/t_Sorting_data.html
-        """
-        where: list[sa.ColumnElement[bool]] = []
-        if bound.lower is not None and bound.lower > _FIRST_TIME:
-            where.append(time >= _constant(like, bound.lower))
-        if bound.upper is not None and bound.upper <= _LAST_TIME:
-            where.append(time < _constant(like, bound.upper))
-        return where
-
     # Values -------------------------------------------------------------------------------------
 
     def _check_against(
@@ -646,6 +654,14 @@ class RedshiftSink(SqlSink):
     def translate(self, error: BaseException | None) -> SinkError:
         """By the SQLSTATE, and by Redshift's own numbers where that is ``XX000``."""
         state, said = _read(error)
+        if state == "XX000" and said.startswith("S3ServiceException"):
+            # https://docs.aws.amazon.com/redshift/latest/dg/s3serviceexception-error.html
+            return SinkError(
+                "the cluster could not read the stage from the bucket of s3; all was rolled back, "
+                "a retry does not help; the role of iam_role needs s3:GetObject and s3:ListBucket "
+                "there, and to be attached to the cluster; a bucket of another region needs "
+                "s3_region"
+            )
         number = said[:4] if state == "XX000" else "1023" if state in _RETRIED else ""
         if number in _VIOLATIONS:
             return SinkUnavailableError(
@@ -811,60 +827,44 @@ def _describe(
     nullable: bool = True,
     preset: str = "",
 ) -> _Column:
-    kind = "other"  # SUPER, GEOMETRY, VARBYTE and what else there is
-    width: int | None = None
-    low: float | None = None
-    high: float | None = None
-    precision = 1
-    scale: int | None = None
-    if type_ in _TEXTS:
-        kind = "text"
-        width = modifier - 4 if modifier > 4 else None
-    elif type_ in _BITS:
-        kind = "integer"
-        low, high = -(2 ** (_BITS[type_] - 1)), 2 ** (_BITS[type_] - 1) - 1
-    elif type_ == "numeric":
-        kind = "decimal"
-        if modifier > 4:
-            digits, scale = (modifier - 4) >> 16, (modifier - 4) & 0xFFFF
-            high = 10.0 ** (digits - scale) - 10.0**-scale
-            low = -high
-    elif type_ in _FLOATS:
-        kind, high = "float", _FLOATS[type_]
-        low = -high
-    elif type_ == "bool":
-        kind = "boolean"
-    elif type_ in _TIMES:
-        kind, precision = "time", _DAY if type_ == "date" else 1
+    # SUPER, GEOMETRY, VARBYTE and what else there is hold nothing of ours.
+    held = read_type(type_, modifier, signed_scale=False)
     return _Column(
         name=name,
         declared=declared,
-        kind=kind,
+        kind=held.kind,
         nullable=nullable,
-        width=width,
-        low=low,
-        high=high,
+        width=held.width,
+        low=held.low,
+        high=held.high,
         # https://docs.aws.amazon.com/redshift/latest/dg/r_CREATE_TABLE_NEW.html: IDENTITY. Its
         # default is one of these functions.
         generated=re.match(r'"?(default_)?identity"?\(', preset) is not None,
         type=type_,
-        precision=precision,
-        scale=scale,
+        precision=held.precision,
+        scale=held.scale,
     )
 
 
-def _is_moment(like: Column) -> bool:
-    return cast(_Column, like).type not in ("date", "timestamp")
+def _name_type(column: StageColumn) -> str:
+    if column.like is None:
+        return "BIGINT" if column.kind == "integer" else f"VARCHAR({_WIDEST})"
+    if column.kind == "time":
+        return "TIMESTAMPTZ" if is_moment(column.like) else "TIMESTAMP"
+    return column.like.declared
 
 
-def _constant(like: Column, microseconds: int) -> sa.ColumnElement[Any]:
-    # Of the column's own type: what has to be converted is compared with no zone map.
-    return sa.literal(_clock(like, microseconds), TIMESTAMP(timezone=_is_moment(like)))
-
-
-def _clock(like: Column, microseconds: int) -> datetime:
-    moment = _EPOCH + microseconds * _MICROSECOND
-    return moment if _is_moment(like) else moment.replace(tzinfo=None)
+def _convert_lists(
+    columns: Sequence[StageColumn], lists: Sequence[Sequence[Any]]
+) -> list[Sequence[Any]]:
+    """The values as the drivers know them."""
+    converted: list[Sequence[Any]] = []
+    for column, values in zip(columns, lists, strict=True):
+        change = _wire(column)
+        if change is not None:
+            values = [None if value is None else change(value) for value in values]
+        converted.append(values)
+    return converted
 
 
 def _wire(column: StageColumn) -> Callable[[Any], Any] | None:
@@ -873,10 +873,160 @@ def _wire(column: StageColumn) -> Callable[[Any], Any] | None:
     if like is None:
         return None
     if column.kind == "time":
-        return lambda microseconds: _clock(like, microseconds)
+        return lambda microseconds: show_clock(like, microseconds)
     if like.kind == "decimal":
         return lambda number: Decimal(repr(number))
     return float if like.kind == "float" else None
+
+
+class _Bucket:
+    """
+    Where large stages are put, to be copied from there.
+
+    Args:
+        name, prefix: As the URL has them.
+        source: What COPY says behind the object's name: who reads it, and where it is.
+        timeout: How long S3 may take to answer, in seconds.
+    """
+
+    def __init__(self, name: str, prefix: str, source: str, timeout: float) -> None:
+        try:
+            import boto3
+            from botocore.config import Config
+        except ModuleNotFoundError as exc:
+            raise MissingDependencyError(
+                f"a bucket needs the package {exc.name!r}, which is not installed; "
+                "run: pip install boto3"
+            ) from exc
+        self._name = name
+        self._prefix = prefix
+        self._source = source
+        seconds = max(2.0, timeout)
+        self._session = boto3.session.Session()
+        self._config = Config(
+            connect_timeout=seconds, read_timeout=seconds, retries={"mode": "standard"}
+        )
+        self._client: Any = None
+
+    @contextmanager
+    def holding(self, data: bytes) -> Iterator[str]:
+        """
+        Put the data there for as long as the block takes; gives what COPY names it by.
+
+        Raises:
+            SinkError: S3 does not take it. Nothing was written; whether a retry helps is said.
+        """
+        key = f"{self._prefix}{uuid4()}.csv.gz"
+        self._ask("s3:PutObject", "put_object", Key=key, Body=data)
+        try:
+            yield f"FROM 's3://{self._name}/{key}' {self._source}"
+        finally:
+            try:
+                self._ask("s3:DeleteObject", "delete_object", Key=key)
+            except SinkError as error:
+                # It was read, or never will be. A rule of the bucket may remove it.
+                _log.warning("a stage was left in the bucket: %s", error)
+
+    def close(self) -> None:
+        """Close the connections; the next call opens new ones."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    def _ask(self, needed: str, call: str, **arguments: object) -> None:
+        from botocore.exceptions import (
+            BotoCoreError,
+            ClientError,
+            HTTPClientError,
+        )
+        from botocore.exceptions import (
+            ConnectionError as NoConnectionError,
+        )
+
+        where = f"bucket {self._name!r}"
+        try:
+            if self._client is None:
+                self._client = self._session.client("s3", config=self._config)
+            getattr(self._client, call)(Bucket=self._name, **arguments)
+        except ClientError as exc:
+            code = str(exc.response.get("Error", {}).get("Code", ""))
+            status = int(exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+            if status >= 500 or status == 429:
+                raise SinkUnavailableError(
+                    f"{where} is not available ({code}); nothing was written, a retry may help"
+                ) from exc
+            if code in _S3_LOGIN:
+                reason = "the credentials that boto3 found were refused or have expired"
+            elif code == "NoSuchBucket":
+                reason = "there is none of this name"
+            else:
+                reason = f"it was refused; {needed} is needed"
+            raise SinkError(
+                f"{where}: {reason} ({code}); nothing was written, a retry does not help"
+            ) from exc
+        except (HTTPClientError, NoConnectionError) as exc:
+            raise SinkUnavailableError(
+                f"{where}: S3 cannot be reached ({type(exc).__name__}); nothing was written, a "
+                "retry may help"
+            ) from exc
+        except BotoCoreError as exc:
+            raise SinkError(
+                f"{where}: boto3 finds no credentials or no region for it "
+                f"({type(exc).__name__}); nothing was written, a retry does not help"
+            ) from exc
+
+
+def _open_bucket(options: Mapping[str, object], timeout: float) -> _Bucket | None:
+    """What the options mean together; ``None`` where no bucket is named."""
+    if options.get("s3") is None:
+        return None
+    told: dict[str, re.Match[str]] = {}
+    for name, (pattern, meant) in _S3_OPTIONS.items():
+        value = options.get(name)
+        if value is not None:
+            found = re.fullmatch(pattern, value, re.ASCII) if isinstance(value, str) else None
+            if found is None:
+                raise ConfigurationError(f"{name} {meant}")
+            told[name] = found
+    role = told["iam_role"][0]
+    source = f"IAM_ROLE {role}" if role == "default" else f"IAM_ROLE '{role}'"
+    if "s3_region" in told:
+        source += f" REGION '{told['s3_region'][0]}'"
+    prefix = (told["s3"][2] or "").strip("/")
+    return _Bucket(told["s3"][1], f"{prefix}/" if prefix else "", source, timeout)
+
+
+def _choose_null(rows: Sequence[tuple[Any, ...]]) -> str:
+    """What no text of the rows is: whether quotes tell it from a text is written nowhere."""
+    texts = {value for row in rows for value in row if isinstance(value, str)}
+    null = "@null"
+    while null in texts:
+        null += "@"
+    return null
+
+
+def _write_line(row: tuple[Any, ...], null: str) -> bytes:
+    """
+    A line of CSV.
+
+    https://docs.aws.amazon.com/redshift/latest/dg/copy-parameters-data-format.html: within quotes
+    a delimiter and the end of a line are text, and a quote is two.
+    """
+    cells = []
+    for value in row:
+        if value is None:
+            cells.append(null)
+        elif isinstance(value, str):
+            cells.append(f'"{value.replace(chr(34), chr(34) * 2)}"')
+        elif isinstance(value, datetime):
+            # https://docs.aws.amazon.com/redshift/latest/dg/automatic-recognition.html
+            zone = "" if value.tzinfo is None else "+00"
+            cells.append(f"{value.replace(tzinfo=None).isoformat(sep=' ')}{zone}")
+        elif isinstance(value, Decimal):
+            cells.append(f"{value:f}")
+        else:
+            cells.append(str(value).lower() if isinstance(value, bool) else str(value))
+    return f"{','.join(cells)}\n".encode()
 
 
 def _pages(rows: Sequence[tuple[Any, ...]]) -> Iterator[Sequence[tuple[Any, ...]]]:

@@ -27,6 +27,7 @@ The ledger does not tell the order of a later update that asks for more in anoth
 
 from __future__ import annotations
 
+import json
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -81,6 +82,11 @@ from recognition.sinks.rows import (
 from recognition.sinks.rows import Target as _Target
 
 _DAY = 86_400 * 1_000_000
+
+# Rows whose texts have more characters together are no part of a statement: it would be sent, and
+# read by the server, several times, and servers limit what they read at once.
+_INLINE_CHARACTERS = 100_000
+
 _Expression = sa.ColumnElement[Any]
 _Condition = sa.ColumnElement[bool]
 _Prepared = TypeVar("_Prepared")
@@ -225,6 +231,27 @@ def _render_merge(element: Merge, compiler: SQLCompiler, **kw: Any) -> str:
     return f"MERGE INTO {into} USING {using} ON {on} WHEN MATCHED THEN UPDATE SET {values}"
 
 
+class Inline(sa.sql.functions.FunctionElement[Any]):
+    """Rows that stand inside a statement: texts, as literal columns, and values between them."""
+
+    inherit_cache = True
+
+
+@compiles(Inline)
+def _render_inline(element: Inline, compiler: SQLCompiler, **kw: Any) -> str:
+    return "".join(compiler.process(each, **kw) for each in element.clauses)
+
+
+def render_json(columns: Sequence[StageColumn], lists: Sequence[Sequence[Any]]) -> str:
+    """The rows as an array of objects; what is NULL is not there."""
+    rows: list[dict[str, Any]] = [{} for _ in lists[0]]
+    for column, values in zip(columns, lists, strict=True):
+        for row, value in zip(rows, values, strict=True):
+            if value is not None:
+                row[column.name] = value
+    return json.dumps(rows, ensure_ascii=False)
+
+
 def render_try_cast(element: sa.TryCast[Any], compiler: SQLCompiler, **kw: Any) -> str:
     """``TRY_CAST(.. AS ..)``, for `compiles` with the name of a dialect that does not know it."""
     expression = compiler.process(element.clause, **kw)
@@ -283,8 +310,9 @@ class SqlSink(ABC):
     merges: bool = False
 
     #: A step of up to so many rows is a part of its own statements (see `inline`), so that no stage
-    #: is made, filled and dropped: that saves round trips where there are such.
-    inline_rows: ClassVar[int] = 0
+    #: is made, filled and dropped: that saves round trips where there are such. Long texts are
+    #: staged nevertheless.
+    inline_rows: int = 0
 
     def __init__(
         self,
@@ -1003,17 +1031,26 @@ class SqlSink(ABC):
         """What the statements know the rows by, without their values."""
         columns = self._stage_columns(step.shape, target)
         stage = _named_stage(repr(step.shape), columns)
-        if len(step.rows) <= self.inline_rows:
+        if self._goes_inline(step, target):
             return self.inline(
                 stage.name, columns, target, [[None] * len(step.rows)] * len(columns)
             )
         return stage
 
+    def _goes_inline(self, step: Step, target: Target) -> bool:
+        texts = (
+            value
+            for row in step.rows
+            for value in (*row.equals, *row.values)
+            if isinstance(value, str)
+        )
+        return len(step.rows) <= self.inline_rows and sum(map(len, texts)) <= _INLINE_CHARACTERS
+
     def _stage(self, transaction: Transaction, step: Step, target: Target) -> sa.FromClause:
         columns = self._stage_columns(step.shape, target)
         stage = _named_stage(repr(step.shape), columns, transaction.stages)
         lists = _stage_lists(step, target)
-        if len(step.rows) <= self.inline_rows:
+        if self._goes_inline(step, target):
             return self.inline(stage.name, columns, target, lists)
         self._make_stage(transaction, stage.name, columns, target, lists)
         return stage
