@@ -130,6 +130,7 @@ def browser() -> Iterator[chromium.Browser]:
         yield opened
 
 
+@pytest.fixture(scope="session")
 def fakesnow() -> Iterator[fakesnow_server.Server]:
     """A server that speaks Snowflake's protocol, one for each worker of xdist."""
     from fakesnow_server import MISSING, PYTHON, open_server
