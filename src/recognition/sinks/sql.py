@@ -246,13 +246,13 @@ class Merge(Executable, ClauseElement):
 
 @compiles(Merge)
 def _render_merge(element: Merge, compiler: SQLCompiler, **kw: Any) -> str:
-    into = compiler.process(element.table, asfrom=True, **kw)
-    using = compiler.process(element.stage, asfrom=True, **kw)
     # As an UPDATE of SQLAlchemy's has it: a subquery of a condition finds both tables outside.
     froms = {element.table, element.stage}
     compiler.stack.append(
         {"correlate_froms": froms, "asfrom_froms": froms, "selectable": cast(Any, element)}
     )
+    into = compiler.process(element.table, asfrom=True, **kw)
+    using = compiler.process(element.stage, asfrom=True, **kw)
     values = ", ".join(
         f"{compiler.preparer.quote(column.name)} = {compiler.process(value, **kw)}"
         for column, value in element.values.items()
@@ -286,6 +286,9 @@ class SqlSink(ABC):
 
     #: What `load` declares a column of each kind as.
     types: ClassVar[Mapping[str, str]]
+
+    #: What `load` adds to the declaration of the key.
+    primary_key: ClassVar[str] = " PRIMARY KEY"
 
     #: Which Python types a column of each kind holds.
     holds: ClassVar[Mapping[str, tuple[type, ...]]] = {
@@ -441,6 +444,10 @@ class SqlSink(ABC):
         if self.merges:
             return Merge(table, stage, values, where)
         return sa.update(table).values(dict(values)).where(*where)
+
+    def changed_rows(self, result: sa.CursorResult[Any]) -> int:
+        """How many rows a statement wrote."""
+        return result.rowcount
 
     def create_ledger(self, transaction: Transaction) -> None:
         """Make the ledger, where there is none."""
@@ -790,7 +797,8 @@ class SqlSink(ABC):
     ) -> AppliedStep:
         started = time.perf_counter()
         step, stage, spare = part
-        changed = transaction.execute(self._set_rows(step, target, stage, spare)).rowcount
+        done = transaction.execute(self._set_rows(step, target, stage, spare))
+        changed = self.changed_rows(done)
         rows = changed
         expected = step.expected_rows
         # Where the key itself was set, nothing is left to find the rows by.
@@ -815,7 +823,7 @@ class SqlSink(ABC):
         step: Step,
         target: Target,
         stage: sa.FromClause,
-        spare: frozenset[_Spared] = frozenset(),
+        spare: frozenset[Spared] = frozenset(),
     ) -> sa.Update | Merge:
         """The one statement that writes to the target."""
         shape = step.shape
@@ -848,7 +856,7 @@ class SqlSink(ABC):
                 ]
                 where.append(sa.or_(*differs))
         where += self._bounds(table, step, target)
-        where += self._spare(table, stage, step, target, spare)
+        where += self._spare(table, stage, step, target, sort_notes(spare))
         return self.set_rows(table, stage, values, where)
 
     def _bounds(self, table: sa.TableClause, step: Step, target: Target) -> list[_Condition]:
@@ -1071,7 +1079,7 @@ class SqlSink(ABC):
             .order_by(stage.c.position, LEDGER.c.sequence, LEDGER.c.update_id, LEDGER.c.starts)
         )
         covers: defaultdict[int, list[Cover]] = defaultdict(list)
-        spared: defaultdict[int, list[_Spared]] = defaultdict(list)
+        spared: defaultdict[int, list[Spared]] = defaultdict(list)
         for later in found:
             row = step.rows[later.position]
             if (later.sequence, later.update_id) < (row.sequence, row.update_id):
@@ -1093,7 +1101,7 @@ class SqlSink(ABC):
             elif message_column.lower() in target.columns and narrows(
                 cover, shape, row, message_column
             ):
-                note = _Spared(cover.columns, later.columns, later.message_column, later.extras)
+                note = Spared(cover.columns, later.columns, later.message_column, later.extras)
                 spared[later.position].append(note)
         return _Later(covers, spared)
 
@@ -1111,32 +1119,40 @@ class SqlSink(ABC):
         stage: sa.FromClause,
         step: Step,
         target: Target,
-        spare: frozenset[_Spared],
+        spare: Sequence[Spared],
     ) -> list[_Condition]:
         """No row that a later update named by message."""
-        later = sa.or_(
-            LEDGER.c.sequence > stage.c.sequence,
-            sa.and_(LEDGER.c.sequence == stage.c.sequence, LEDGER.c.update_id > stage.c.update_id),
-        )
         where = []
-        for note in sorted(spare, key=lambda note: note[1:]):
+        for note in spare:
             column = target.column(note.message_column)
             named: sa.Select[Any] = (
                 sa.select(sa.literal_column("1"))
                 .select_from(LEDGER)
                 .where(
-                    *self._same_key(stage, step, target),
-                    LEDGER.c.message_column == note.message_column,
+                    *self._noted_as(stage, step, target, note),
                     self.same(
                         LEDGER.c.message_id, self.as_text(table.c[column.name], column), "text"
                     ),
-                    LEDGER.c.columns == note.columns,
-                    LEDGER.c.extras == note.extras,
-                    later,
                 )
             )
             where.append(~sa.exists(named.correlate(table, stage)))
         return where
+
+    def _noted_as(
+        self, stage: sa.FromClause, step: Step, target: Target, note: Spared
+    ) -> tuple[_Condition, ...]:
+        """Lines of the ledger in which a later update than the staged one named messages."""
+        later = sa.or_(
+            LEDGER.c.sequence > stage.c.sequence,
+            sa.and_(LEDGER.c.sequence == stage.c.sequence, LEDGER.c.update_id > stage.c.update_id),
+        )
+        return (
+            *self._same_key(stage, step, target),
+            LEDGER.c.message_column == note.message_column,
+            LEDGER.c.columns == note.columns,
+            LEDGER.c.extras == note.extras,
+            later,
+        )
 
     def _remember(
         self, transaction: Transaction, stage: sa.FromClause, step: Step, target: Target
@@ -1405,23 +1421,25 @@ class SqlSink(ABC):
         keys = clause.c[column.name]
         same = self.same(keys, staged[key], column.kind)
         if stamps and any_stamped:
-            restamp = self._restamp(clause, staged, target, stamps)
-            transaction.execute(restamp.where(same, stage.c.stamped == 1))
+            where = [same, stage.c.stamped == 1]
+            transaction.execute(self._restamp(clause, stage, staged, target, stamps, where))
         rows = self.lacking(sa.select(*staged.values()), stage, keys, [same])
         names = [target.column(name).name for name in staged]
-        return transaction.execute(sa.insert(clause).from_select(names, rows)).rowcount
+        return self.changed_rows(transaction.execute(sa.insert(clause).from_select(names, rows)))
 
     def _restamp(
         self,
         table: sa.TableClause,
+        stage: sa.FromClause,
         staged: Mapping[str, _Expression],
         target: Target,
         stamps: Sequence[str],
-    ) -> sa.Update:
+        where: Sequence[_Condition],
+    ) -> sa.Update | Merge:
         """Rows that are there get the stamp that is loaded, where it differs; see `load`."""
         owner = stamps[0]
         nobody = _is_empty(staged[owner], target.column(owner))
-        values: dict[_Expression, _Expression] = {}
+        values: dict[sa.ColumnClause[Any], _Expression] = {}
         differs = []
         newer: sa.ColumnElement[bool] = sa.true()
         for name in stamps:
@@ -1435,7 +1453,7 @@ class SqlSink(ABC):
         changes = sa.case(
             (nobody, ~self._empty(table, target, owner)), else_=sa.and_(newer, sa.or_(*differs))
         )
-        return sa.update(table).values(values).where(changes)
+        return self.set_rows(table, stage, values, [changes, *where])
 
     def _create(
         self,
@@ -1451,7 +1469,7 @@ class SqlSink(ABC):
         if target is None:
             declared = ", ".join(
                 f"{quote(name)} {self.declare(kind, name == key or name in index)}"
-                f"{' PRIMARY KEY' if name == key else ''}"
+                f"{self.primary_key if name == key else ''}"
                 for name, kind in columns.items()
             )
             transaction.execute_text(f"CREATE TABLE {named} ({declared})")
@@ -1504,14 +1522,14 @@ class _Part(NamedTuple):
 
     step: Step
     stage: sa.FromClause
-    spare: frozenset[_Spared]
+    spare: frozenset[Spared]
 
 
 class _Later(NamedTuple):
     """By row of a step: what later updates took of it, and which single rows they took."""
 
     covers: Mapping[int, Sequence[Cover]]
-    spared: Mapping[int, Sequence[_Spared]]
+    spared: Mapping[int, Sequence[Spared]]
 
 
 class _PreparedStep(NamedTuple):
@@ -1542,7 +1560,7 @@ class _PreparedLoad(NamedTuple):
     any_stamped: bool
 
 
-class _Spared(NamedTuple):
+class Spared(NamedTuple):
     """What notes of the ledger that name single messages have in common."""
 
     sets: frozenset[str]
@@ -1551,15 +1569,20 @@ class _Spared(NamedTuple):
     extras: str
 
 
+def sort_notes(notes: Iterable[Spared]) -> list[Spared]:
+    """In an order that is always the same."""
+    return sorted(notes, key=lambda note: note[1:])
+
+
 def _cut_and_spare(
-    step: Step, covers: Mapping[int, Sequence[Cover]], spared: Mapping[int, Sequence[_Spared]]
-) -> Iterator[tuple[Step, frozenset[_Spared]]]:
+    step: Step, covers: Mapping[int, Sequence[Cover]], spared: Mapping[int, Sequence[Spared]]
+) -> Iterator[tuple[Step, frozenset[Spared]]]:
     """The parts of a step that later updates leave, each with the notes of the rows to spare."""
     shape = step.shape
-    parts: defaultdict[tuple[tuple[str, ...], frozenset[_Spared]], list[int]] = defaultdict(list)
+    parts: defaultdict[tuple[tuple[str, ...], frozenset[Spared]], list[int]] = defaultdict(list)
     for place in range(len(step.rows)):
         notes = frozenset(spared.get(place, ()))
-        by_notes: defaultdict[frozenset[_Spared], list[str]] = defaultdict(list)
+        by_notes: defaultdict[frozenset[Spared], list[str]] = defaultdict(list)
         for column in shape.columns:
             by_notes[frozenset(note for note in notes if column in note.sets)].append(column)
         for bearing, among in by_notes.items():
