@@ -46,9 +46,10 @@ HARMLESS = {
 }  # fmt: skip
 
 DRIVERS = {
-    "clickhouse_connect", "duckdb", "duckdb_engine", "numpy", "pandas", "psycopg", "psycopg2",
+    "clickhouse_connect", "databricks", "duckdb", "duckdb_engine", "google", "numpy", "pandas",
+    "psycopg", "psycopg2",
     "pyarrow", "pymongo", "redshift_connector", "rich", "snowflake", "sqlalchemy",
-    "sqlalchemy_redshift", "sqlite3",
+    "sqlalchemy_bigquery", "sqlalchemy_redshift", "sqlite3",
 }  # fmt: skip
 
 PYDANTIC = {

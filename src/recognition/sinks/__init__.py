@@ -28,6 +28,8 @@ _GROUP = "recognition.sinks"
 
 # Also registered as entry points; named here so that a source tree that is not installed works.
 _BUILT_IN = {
+    "bigquery": "recognition.sinks.bigquery:BigquerySink",
+    "databricks": "recognition.sinks.databricks:DatabricksSink",
     "duckdb": "recognition.sinks.duckdb:DuckdbSink",
     "snowflake": "recognition.sinks.snowflake:SnowflakeSink",
     "mariadb": "recognition.sinks.mysql:MysqlSink",
