@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
+import duckdb
 import pytest
 import requests
 import sqlalchemy as sa
@@ -62,24 +63,29 @@ class Dataset:
         self.server = server
         self.name = f"d_{secrets.token_hex(6)}"
         self.url = f"bigquery://p1/{self.name}"
-        self.run(f"CREATE SCHEMA {self.name}")
+        self.run("SELECT 1")  # makes it
 
     def run(self, statement: str, *parameters: object) -> list[Any]:
         """One statement of DuckDB, in the dataset."""
+        with self._cursor() as cursor:
+            return cursor.execute(statement, list(parameters) or None).fetchall()
+
+    def _cursor(self) -> duckdb.DuckDBPyConnection:
         cursor = self.server.database.cursor()
         cursor.execute("SET TimeZone = 'UTC'")
-        if not statement.startswith("CREATE SCHEMA"):
-            cursor.execute(f"SET search_path = '{self.name}'")
-        return cursor.execute(statement, list(parameters) or None).fetchall()
+        cursor.execute(f"CREATE SCHEMA IF NOT EXISTS {self.name}")
+        cursor.execute(f"SET search_path = '{self.name}'")
+        return cursor
 
     def write(self, table: str, rows: Rows) -> None:
         """Rows of the kit, into a table that is made when it is not there."""
         declared = ", ".join(f"{n} {self.types[kind]}" for n, kind in SinkTests.columns.items())
-        self.run(f'CREATE TABLE IF NOT EXISTS "{table}" ({declared})')
         marks = ", ".join(["?"] * len(SinkTests.columns))
-        for each in rows:
-            values = [each.get(name) for name in SinkTests.columns]
-            self.run(f'INSERT INTO "{table}" VALUES ({marks})', *values)
+        lines = [[each.get(name) for name in SinkTests.columns] for each in rows]
+        with self._cursor() as cursor:
+            cursor.execute(f'CREATE TABLE IF NOT EXISTS "{table}" ({declared})')
+            if lines:
+                cursor.executemany(f'INSERT INTO "{table}" VALUES ({marks})', lines)
 
     def read(self, table: str) -> list[dict[str, object]]:
         """All rows."""

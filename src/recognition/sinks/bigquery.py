@@ -453,6 +453,7 @@ class _Session:
         with _told_as_the_driver_does():
             job = self.client.query("SELECT 1", config, job_retry=None, retry=self._retry)
             job.result()
+        assert job.session_info is not None, "it was asked for"
         return str(job.session_info.session_id)
 
     def _send(
@@ -461,31 +462,27 @@ class _Session:
         session: str | None,
         parameters: Sequence[Any] = (),
         page_size: int | None = None,
-        **how: Any,
+        **given: Any,
     ) -> Any:
         config = deepcopy(self._config)
         config.query_parameters = [*parameters]
         if session is not None:
             config.connection_properties = [bigquery.ConnectionProperty("session_id", session)]
+        how: Any = {"retry": self._retry, "job_retry": None, "page_size": page_size, **given}
         self._failed = session is not None
         with _told_as_the_driver_does():
-            rows = self.client.query_and_wait(
-                query,
-                job_config=config,
-                page_size=page_size,
-                job_retry=None,
-                **{"retry": self._retry, **how},
-            )
+            rows = self.client.query_and_wait(query, job_config=config, **how)
         self._failed = False
         self._bytes += rows.total_bytes_processed or 0
         return rows
 
 
-class _Connection(dbapi.Connection):  # type: ignore[misc] # it ships no types
+class _Connection(dbapi.Connection):
     """A connection of the driver that has transactions."""
 
     def __init__(self, session: _Session) -> None:
-        super().__init__(session, prefer_bqstorage_client=False)
+        driver: Any = super()  # it says no types
+        driver.__init__(session, prefer_bqstorage_client=False)
         self.session = session
 
     def commit(self) -> None:
@@ -496,7 +493,8 @@ class _Connection(dbapi.Connection):  # type: ignore[misc] # it ships no types
 
     def close(self) -> None:
         self.session.close()
-        super().close()
+        driver: Any = super()
+        driver.close()
 
 
 @contextmanager
@@ -531,9 +529,11 @@ def _make_client(
 ) -> bigquery.Client:
     try:
         if credentials_path is not None:
-            return bigquery.Client.from_service_account_json(
+            from_file: Any = bigquery.Client.from_service_account_json
+            client: bigquery.Client = from_file(
                 credentials_path, project=project, location=location
             )
+            return client
         return bigquery.Client(project=project, location=location)
     except (DefaultCredentialsError, OSError, ValueError) as exc:
         # What a wrong file holds may stand in the error's text.

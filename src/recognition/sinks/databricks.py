@@ -30,9 +30,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import databricks.sqlalchemy  # noqa: F401 - the extra is installed
 import sqlalchemy as sa
 from databricks.sql import exc as driver
-from databricks.sqlalchemy import DatabricksDialect  # noqa: F401 - the extra is installed
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql import quoted_name
@@ -304,8 +304,8 @@ class DatabricksSink(MergingSink):
                 self._take(transaction, name, holder, deadline)
             yield
         finally:
-            connection.info.pop("recognition_lease", None)
             if not connection.invalidated:
+                connection.info.pop("recognition_lease", None)
                 self._release(transaction, holder)
 
     def _release(self, transaction: Transaction, holder: str) -> None:
