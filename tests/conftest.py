@@ -33,6 +33,8 @@ _ENGINES = (
     "pymongo",
     "psycopg",
     "pymysql",
+    "databricks-sql-connector",
+    "google-cloud-bigquery",
     "snowflake-sqlalchemy",
     "psycopg2-binary",
     "redshift-connector",

@@ -53,10 +53,11 @@ HARMLESS = {
 }  # fmt: skip
 
 DRIVERS = {
-    "clickhouse_connect", "confluent_kafka", "duckdb", "duckdb_engine", "hjson", "numpy",
-    "opentelemetry", "pandas", "prometheus_client", "psycopg", "psycopg2", "py4j", "pyarrow",
-    "pymongo", "pyspark", "redshift_connector", "rich", "snowflake", "sqlalchemy",
-    "sqlalchemy_redshift", "sqlite3", "starlette", "urllib3", "uvicorn", "yaml",
+    "clickhouse_connect", "confluent_kafka", "databricks", "duckdb", "duckdb_engine", "google",
+    "hjson", "numpy", "opentelemetry", "pandas", "prometheus_client", "psycopg", "psycopg2", "py4j",
+    "pyarrow", "pymongo", "pyspark", "redshift_connector", "rich", "snowflake", "sqlalchemy",
+    "sqlalchemy_bigquery", "sqlalchemy_redshift", "sqlite3", "starlette", "urllib3", "uvicorn",
+    "yaml",
 }  # fmt: skip
 
 PYDANTIC = {

@@ -33,6 +33,8 @@ _GROUP = "recognition.sinks"
 _BUILT_IN = {
     "chdb": "recognition.sinks.clickhouse:ClickhouseSink",
     "clickhouse": "recognition.sinks.clickhouse:ClickhouseSink",
+    "bigquery": "recognition.sinks.bigquery:BigquerySink",
+    "databricks": "recognition.sinks.databricks:DatabricksSink",
     "duckdb": "recognition.sinks.duckdb:DuckdbSink",
     "snowflake": "recognition.sinks.snowflake:SnowflakeSink",
     "mariadb": "recognition.sinks.mysql:MysqlSink",

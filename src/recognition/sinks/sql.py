@@ -215,13 +215,13 @@ class Merge(Executable, ClauseElement):
 
 @compiles(Merge)
 def _render_merge(element: Merge, compiler: SQLCompiler, **kw: Any) -> str:
-    into = compiler.process(element.table, asfrom=True, **kw)
-    using = compiler.process(element.stage, asfrom=True, **kw)
     # As an UPDATE of SQLAlchemy's has it: a subquery of a condition finds both tables outside.
     froms = {element.table, element.stage}
     compiler.stack.append(
         {"correlate_froms": froms, "asfrom_froms": froms, "selectable": cast(Any, element)}
     )
+    into = compiler.process(element.table, asfrom=True, **kw)
+    using = compiler.process(element.stage, asfrom=True, **kw)
     values = ", ".join(
         f"{compiler.preparer.quote(column.name)} = {compiler.process(value, **kw)}"
         for column, value in element.values.items()
@@ -276,6 +276,9 @@ class SqlSink(ABC):
 
     #: What `load` declares a column of each kind as.
     types: ClassVar[Mapping[str, str]]
+
+    #: What `load` adds to the declaration of the key.
+    primary_key: ClassVar[str] = " PRIMARY KEY"
 
     #: Which Python types a column of each kind holds.
     holds: ClassVar[Mapping[str, tuple[type, ...]]] = {
@@ -432,6 +435,10 @@ class SqlSink(ABC):
         if self.merges:
             return Merge(table, stage, values, where)
         return sa.update(table).values(dict(values)).where(*where)
+
+    def changed_rows(self, result: sa.CursorResult[Any]) -> int:
+        """How many rows a statement wrote."""
+        return result.rowcount
 
     def create_ledger(self, transaction: Transaction) -> None:
         """Make the ledger, where there is none."""
@@ -844,7 +851,8 @@ class SqlSink(ABC):
     ) -> AppliedStep:
         started = time.perf_counter()
         step, stage, spare = part
-        changed = transaction.execute(self._set_rows(step, target, stage, spare)).rowcount
+        done = transaction.execute(self._set_rows(step, target, stage, spare))
+        changed = self.changed_rows(done)
         rows = changed
         expected = step.expected_rows
         # Where the key itself was set, nothing is left to find the rows by.
@@ -905,7 +913,7 @@ class SqlSink(ABC):
             if not fills(step, own_empty):
                 where.append(sa.or_(*differs))
         where += self._bounds(table, step, target)
-        where += self._spare(table, stage, step, target, spare)
+        where += self._spare(table, stage, step, target, sort_notes(spare))
         return self.set_rows(table, stage, values, where)
 
     def _bounds(self, table: sa.TableClause, step: Step, target: Target) -> list[_Condition]:
@@ -1150,32 +1158,40 @@ class SqlSink(ABC):
         stage: sa.FromClause,
         step: Step,
         target: Target,
-        spare: frozenset[Spared],
+        spare: Sequence[Spared],
     ) -> list[_Condition]:
         """No row that a later update named by message."""
-        later = sa.or_(
-            LEDGER.c.sequence > stage.c.sequence,
-            sa.and_(LEDGER.c.sequence == stage.c.sequence, LEDGER.c.update_id > stage.c.update_id),
-        )
         where = []
-        for note in sorted(spare, key=lambda note: note[1:]):
+        for note in spare:
             column = target.column(note.message_column)
             named: sa.Select[Any] = (
                 sa.select(sa.literal_column("1"))
                 .select_from(LEDGER)
                 .where(
-                    *self._same_key(stage, step, target),
-                    LEDGER.c.message_column == note.message_column,
+                    *self._noted_as(stage, step, target, note),
                     self.same(
                         LEDGER.c.message_id, self.as_text(table.c[column.name], column), "text"
                     ),
-                    LEDGER.c.columns == note.columns,
-                    LEDGER.c.extras == note.extras,
-                    later,
                 )
             )
             where.append(~sa.exists(named.correlate(table, stage)))
         return where
+
+    def _noted_as(
+        self, stage: sa.FromClause, step: Step, target: Target, note: Spared
+    ) -> tuple[_Condition, ...]:
+        """Lines of the ledger in which a later update than the staged one named messages."""
+        later = sa.or_(
+            LEDGER.c.sequence > stage.c.sequence,
+            sa.and_(LEDGER.c.sequence == stage.c.sequence, LEDGER.c.update_id > stage.c.update_id),
+        )
+        return (
+            *self._same_key(stage, step, target),
+            LEDGER.c.message_column == note.message_column,
+            LEDGER.c.columns == note.columns,
+            LEDGER.c.extras == note.extras,
+            later,
+        )
 
     def _remember(
         self, transaction: Transaction, stage: sa.FromClause, step: Step, target: Target
@@ -1419,23 +1435,25 @@ class SqlSink(ABC):
         keys = clause.c[column.name]
         same = self.same(keys, staged[key], column.kind)
         if stamps and any_stamped:
-            restamp = self._restamp(clause, staged, target, stamps)
-            transaction.execute(restamp.where(same, stage.c.stamped == 1))
+            where = [same, stage.c.stamped == 1]
+            transaction.execute(self._restamp(clause, stage, staged, target, stamps, where))
         rows = self.lacking(sa.select(*staged.values()), stage, keys, [same])
         names = [target.column(name).name for name in staged]
-        return transaction.execute(sa.insert(clause).from_select(names, rows)).rowcount
+        return self.changed_rows(transaction.execute(sa.insert(clause).from_select(names, rows)))
 
     def _restamp(
         self,
         table: sa.TableClause,
+        stage: sa.FromClause,
         staged: Mapping[str, _Expression],
         target: Target,
         stamps: Sequence[str],
-    ) -> sa.Update:
+        where: Sequence[_Condition],
+    ) -> sa.Update | Merge:
         """Rows that are there get the stamp that is loaded, where it differs; see `load`."""
         owner = stamps[0]
         nobody = _is_empty(staged[owner], target.column(owner))
-        values: dict[_Expression, _Expression] = {}
+        values: dict[sa.ColumnClause[Any], _Expression] = {}
         differs = []
         newer: sa.ColumnElement[bool] = sa.true()
         for name in stamps:
@@ -1449,7 +1467,7 @@ class SqlSink(ABC):
         changes = sa.case(
             (nobody, ~self._empty(table, target, owner)), else_=sa.and_(newer, sa.or_(*differs))
         )
-        return sa.update(table).values(values).where(changes)
+        return self.set_rows(table, stage, values, [changes, *where])
 
     def _create(
         self,
@@ -1465,7 +1483,7 @@ class SqlSink(ABC):
         if target is None:
             declared = ", ".join(
                 f"{quote(name)} {self.declare(kind, name == key or name in index)}"
-                f"{' PRIMARY KEY' if name == key else ''}"
+                f"{self.primary_key if name == key else ''}"
                 for name, kind in columns.items()
             )
             transaction.execute_text(f"CREATE TABLE {named} ({declared})")
@@ -1533,6 +1551,11 @@ class _PreparedLoad(NamedTuple):
     key: str
     staged: Mapping[str, _Expression]
     any_stamped: bool
+
+
+def sort_notes(notes: Iterable[Spared]) -> list[Spared]:
+    """In an order that is always the same."""
+    return sorted(notes, key=lambda note: note[1:])
 
 
 def _is_empty(expression: _Expression, column: Column) -> _Condition:
