@@ -48,6 +48,7 @@ PUBLIC = [
     "SinkError",
     "SinkReadOnlyError",
     "SinkUnavailableError",
+    "SourceError",
     "Step",
     "Supersede",
     "TableError",

@@ -31,6 +31,7 @@ STAGES: dict[str, set[str]] = {
     "delivery": _WAY_IN | _WAY_OUT,
     "bulker": _WAY_IN | _WAY_OUT,
     "receiver": {"errors", "events"},
+    "kafka": _WAY_IN | _WAY_OUT,
     "config": _WAY_IN | {"delivery"},
     "demo": set(),
     "cli": _WAY_IN | _WAY_OUT | {"delivery", "config", "demo"},
