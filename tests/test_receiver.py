@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -585,31 +585,33 @@ class Graph:
     """What a worker does: events into a graph, updates into rows."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._graph = SqliteGraph(path)
+        self._rules = Rules(stamps=False)
         self.events: list[Event] = []
         self.raw: list[dict[str, Any]] = []
 
     def __call__(self, events: Events) -> None:
-        # A thread of its own each time, and SQLite's connections are of one thread.
-        with SqliteGraph(self._path) as graph:
-            parsed = [parse_event(each) for each in events]
-            Recognizer(graph, Rules(stamps=False)).process(parsed)
+        parsed = [parse_event(each) for each in events]
+        Recognizer(self._graph, self._rules).process(parsed)
         self.raw += events
         self.events += parsed
 
     def users(self) -> dict[str, object]:
         """The user of each row in the end, by message id."""
-        warehouse, rules = Warehouse(), Rules(stamps=False)
+        warehouse = Warehouse()
         for each in self.events:
-            warehouse.load("events", [rules.layout.row_of(each, "events")])
-        with SqliteGraph(self._path) as graph:
-            warehouse.apply([leased.update for leased in graph.lease_updates(10_000, 60)])
+            warehouse.load("events", [self._rules.layout.row_of(each, "events")])
+        warehouse.apply([leased.update for leased in self._graph.lease_updates(10_000, 60)])
         return {key: row["user_id"] for key, row in warehouse.tables["events"].items()}
+
+    def close(self) -> None:
+        self._graph.close()
 
 
 @pytest.fixture
-def graph(tmp_path: Path) -> Graph:
-    return Graph(tmp_path / "graph.db")
+def graph(tmp_path: Path) -> Iterator[Graph]:
+    with closing(Graph(tmp_path / "graph.db")) as found:
+        yield found
 
 
 def play(client: Any) -> None:
