@@ -1104,3 +1104,26 @@ def test_rules_are_not_shared_between_connections() -> None:
     with_function(functionOptions={"lookbackWindowDays": 1}).rules(base)
 
     assert base == replace(Rules())
+
+
+def test_the_examples_of_the_page_run(
+    bulker: Bulker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/bulker.md: the configuration is read and opened, the client posts and writes."""
+    page = (Path(__file__).parents[1] / "docs" / "bulker.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BULKER_TOKEN", TOKEN)
+    (tmp_path / "bulker.yaml").write_text(
+        "destinations: {pg: {type: postgres, credentials: {host: h, database: d}}}"
+    )
+    names: dict[str, Any] = {}
+    exec(compile(first, "bulker.md", "exec"), names)
+    exec(compile(second.replace("http://bulker:3042", bulker.url), "bulker.md", "exec"), names)
+    names["client"].close()
+    for sink in names["sinks"].values():
+        sink.close()
+
+    assert names["rules"].stamps is False
+    assert bulker.queued == [("events", {"message_id": "m1"})]
+    assert [route for route, _ in bulker.requests] == ["post", "bulk"]

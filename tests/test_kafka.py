@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -698,3 +699,20 @@ def test_letters_that_cannot_be_written_hold_the_batch(mock: Cluster) -> None:
     assert "MSG_SIZE_TOO_LARGE" in str(errors[0])
     assert mock.committed(topic, f"g-{topic}") == {}
     assert (source.counts.messages, source.counts.dead) == (0, {})
+
+
+def test_the_examples_of_the_page_run(mock: Cluster, rows: Rows) -> None:
+    """docs/kafka.md: each example does what it says, told to stop at once."""
+    page = (Path(__file__).parents[1] / "docs" / "kafka.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    text = "\n".join(blocks).replace("kafka:9092", mock.servers)
+    text = text.replace("mongodb://host/identity", "memory:").replace("threading.Event()", "stop")
+    text = text.replace("postgresql+psycopg://loader@host/analytics", rows.url)
+    stop = threading.Event()
+    stop.set()
+    names: dict[str, Any] = {"stop": stop, "graph": MemoryGraph()}
+    exec(compile(text, "kafka.md", "exec"), names)
+    names["sink"].close()
+
+    assert len(blocks) == 3
+    assert names["source"].counts.messages == 0

@@ -11,6 +11,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -729,3 +731,17 @@ def test_the_capture_is_the_same_over_http(taken: Taken) -> None:
 
     assert statuses == {200}
     assert [parse_event(each) for each in taken.events] == list(read_events(CAPTURE))
+
+
+def test_the_example_of_the_page_runs(taken: Taken, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/receiver.md: the receiver is made and run, told to stop at once."""
+    page = (HERE.parent / "docs" / "receiver.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.setenv("WRITE_KEY", KEY)
+    stop = threading.Event()
+    stop.set()
+    names: dict[str, Any] = {"stop": stop, "worker": SimpleNamespace(take=taken)}
+    text = block.replace("threading.Event()", "stop").replace("port=8080", "port=0")
+    exec(compile(text, "receiver.md", "exec"), names)
+
+    assert names["receiver"].url is None
