@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -49,6 +50,7 @@ from recognition.errors import (
     ConfigurationError,
     InputError,
     MessageError,
+    MissingDependencyError,
     OutcomeUnknownError,
     SinkError,
     SinkUnavailableError,
@@ -407,6 +409,22 @@ def test_a_source_that_cannot_be_read(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(ConfigurationError, match=told):
             read_destinations(source, {})
+
+
+def test_a_missing_package_names_the_command(
+    read_yaml: Callable[..., Destinations], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the extra, each of its three parts says how to install it."""
+    for package in ("yaml", "hjson", "urllib3"):
+        monkeypatch.setitem(sys.modules, package, None)
+    parts: list[Callable[[], object]] = [
+        lambda: read_yaml(YAML),
+        lambda: read_env(A="{}"),
+        lambda: BulkerClient("http://127.0.0.1:9"),
+    ]
+    for part in parts:
+        with pytest.raises(MissingDependencyError, match=r"recognition\[bulker\]"):
+            part()
 
 
 def test_what_cannot_be_updated_is_skipped_only_on_request(

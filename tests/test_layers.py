@@ -146,3 +146,17 @@ def test_the_command_line_starts_without_a_driver() -> None:
     loaded = {name.split(".")[0] for name in _loaded_by("import recognition.cli")}
 
     assert loaded & DRIVERS == set()
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [("receiver", "starlette", "server"), ("kafka", "confluent_kafka", "kafka")],
+)
+def test_a_missing_package_names_the_command(module: str, package: str, extra: str) -> None:
+    """A module whose driver is not installed says what to install, and nothing else happens."""
+    code = f"import sys; sys.modules[{package!r}] = None; import recognition.{module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1
+    assert "MissingDependencyError" in done.stderr
+    assert f'pip install "recognition[{extra}]"' in done.stderr
