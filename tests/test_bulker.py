@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -49,6 +50,7 @@ from recognition.errors import (
     ConfigurationError,
     InputError,
     MessageError,
+    MissingDependencyError,
     OutcomeUnknownError,
     SinkError,
     SinkUnavailableError,
@@ -407,6 +409,22 @@ def test_a_source_that_cannot_be_read(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(ConfigurationError, match=told):
             read_destinations(source, {})
+
+
+def test_a_missing_package_names_the_command(
+    read_yaml: Callable[..., Destinations], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the extra, each of its three parts says how to install it."""
+    for package in ("yaml", "hjson", "urllib3"):
+        monkeypatch.setitem(sys.modules, package, None)
+    parts: list[Callable[[], object]] = [
+        lambda: read_yaml(YAML),
+        lambda: read_env(A="{}"),
+        lambda: BulkerClient("http://127.0.0.1:9"),
+    ]
+    for part in parts:
+        with pytest.raises(MissingDependencyError, match=r"recognition\[bulker\]"):
+            part()
 
 
 def test_what_cannot_be_updated_is_skipped_only_on_request(
@@ -1104,3 +1122,26 @@ def test_rules_are_not_shared_between_connections() -> None:
     with_function(functionOptions={"lookbackWindowDays": 1}).rules(base)
 
     assert base == replace(Rules())
+
+
+def test_the_examples_of_the_page_run(
+    bulker: Bulker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/bulker.md: the configuration is read and opened, the client posts and writes."""
+    page = (Path(__file__).parents[1] / "docs" / "bulker.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BULKER_TOKEN", TOKEN)
+    (tmp_path / "bulker.yaml").write_text(
+        "destinations: {pg: {type: postgres, credentials: {host: h, database: d}}}"
+    )
+    names: dict[str, Any] = {}
+    exec(compile(first, "bulker.md", "exec"), names)
+    exec(compile(second.replace("http://bulker:3042", bulker.url), "bulker.md", "exec"), names)
+    names["client"].close()
+    for sink in names["sinks"].values():
+        sink.close()
+
+    assert names["rules"].stamps is False
+    assert bulker.queued == [("events", {"message_id": "m1"})]
+    assert [route for route, _ in bulker.requests] == ["post", "bulk"]

@@ -52,6 +52,7 @@ PUBLIC = [
     "SinkError",
     "SinkReadOnlyError",
     "SinkUnavailableError",
+    "SourceError",
     "Step",
     "Supersede",
     "TableError",

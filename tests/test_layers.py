@@ -35,6 +35,7 @@ STAGES: dict[str, set[str]] = {
     "aio": _WAY_IN | _WAY_OUT | {"delivery"},
     "bulker": _WAY_IN | _WAY_OUT,
     "receiver": {"errors", "events"},
+    "kafka": _WAY_IN | _WAY_OUT,
     "config": _WAY_IN | {"delivery"},
     "check": _WAY_IN | _WAY_OUT | {"config"},
     "demo": set(),
@@ -160,3 +161,17 @@ def test_the_command_line_starts_without_a_driver() -> None:
     loaded = {name.split(".")[0] for name in _loaded_by("import recognition.cli")}
 
     assert loaded & DRIVERS == set()
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [("receiver", "starlette", "server"), ("kafka", "confluent_kafka", "kafka")],
+)
+def test_a_missing_package_names_the_command(module: str, package: str, extra: str) -> None:
+    """A module whose driver is not installed says what to install, and nothing else happens."""
+    code = f"import sys; sys.modules[{package!r}] = None; import recognition.{module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1
+    assert "MissingDependencyError" in done.stderr
+    assert f'pip install "recognition[{extra}]"' in done.stderr

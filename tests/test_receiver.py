@@ -11,6 +11,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -18,8 +19,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,7 +29,7 @@ import pytest
 from rudderstack.analytics.client import Client as RudderClient
 from segment.analytics.client import Client as SegmentClient
 
-from recognition.errors import ConfigurationError, GraphUnavailableError
+from recognition.errors import ConfigurationError, GraphSchemaError, GraphUnavailableError
 from recognition.events import Event, Reject, RejectsFile, parse_event, read_events
 from recognition.graph.sqlite import SqliteGraph
 from recognition.receiver import RETRY_AFTER, Receiver
@@ -433,24 +435,76 @@ def test_too_much_is_sent_away(taken: Taken) -> None:
     assert server.receiver.counts.rejected == {}
 
 
-def test_a_graph_that_is_away_is_waited_for(server: Running, taken: Taken) -> None:
-    """503 and when to come again, ``/readyz`` says why; when the graph is back all goes on."""
-    taken.error = GraphUnavailableError("mongodb://user:secret@host does not answer")
-    status, body, headers = server.ask(
-        "POST", "/v1/page", json.dumps(event("m1")).encode(), basic(KEY)
-    )
-    away = server.get("/readyz")
-    alive = server.get("/healthz")
-    taken.error = None
-    again = server.post("/v1/page", event("m1"))
-    back = server.get("/readyz")
+def test_a_graph_that_is_away_is_waited_for(taken: Taken) -> None:
+    """
+    503 after the patience and when to come again, ``/readyz`` says why; then all goes on.
+
+    What was received is offered again all the while: Jitsu's client does not come again.
+    """
+    with running(taken, patience=0.3) as server:
+        taken.error = GraphUnavailableError("mongodb://user:secret@host does not answer")
+        status, body, headers = server.ask(
+            "POST", "/v1/page", json.dumps(event("m1")).encode(), basic(KEY)
+        )
+        away = server.get("/readyz")
+        alive = server.get("/healthz")
+        taken.error = None
+        deadline = time.monotonic() + 20
+        while taken.ids != ["m1"] and time.monotonic() < deadline:
+            time.sleep(0.02)
+        again = server.post("/v1/page", event("m2"))
+        back = server.get("/readyz")
 
     assert (status, headers["retry-after"]) == (503, str(RETRY_AFTER))
     assert b"secret" not in body
     assert away == (503, "the graph does not take events")
     assert alive == (200, "ok")
     assert (again, back) == (200, (200, "ready"))
+    assert taken.ids == ["m1", "m2"]
+    assert server.receiver.counts.waiting_bytes == 0
+
+
+def test_a_short_outage_is_not_noticed(server: Running, taken: Taken) -> None:
+    """Back within the patience: the request is answered with 200, and was offered again."""
+    taken.error = GraphUnavailableError("away")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(server.post, "/v1/page", event("m1"))
+        assert taken.entered.acquire(timeout=10)
+        assert taken.entered.acquire(timeout=10)
+        taken.error = None
+        status = waiting.result()
+
+    assert status == 200
     assert taken.ids == ["m1"]
+    assert server.receiver.counts.retries >= 1
+
+
+def test_a_graph_that_will_never_take_them_is_told_at_once(server: Running, taken: Taken) -> None:
+    """An error that no retry mends is answered with 503 at once, and the receiver goes on."""
+    taken.error = GraphSchemaError("of another version")
+    status = server.post("/v1/page", event("m1"))
+    taken.error = None
+
+    assert status == 503
+    assert server.receiver.counts.retries == 0
+    assert server.post("/v1/page", event("m2")) == 200
+    assert taken.ids == ["m2"]
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(
+    taken: Taken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A body that trickles in too slowly is sent away, and may come again."""
+    monkeypatch.setattr("recognition.receiver._BODY_SECONDS", 0.3)
+    with running(taken) as server:
+        url = urlsplit(server.receiver.url or "")
+        with socket.create_connection((url.hostname or "", url.port or 0), timeout=20) as slow:
+            head = f"POST /v1/batch HTTP/1.1\r\nX-Write-Key: {KEY}\r\nHost: x\r\nContent-Length: 9"
+            slow.sendall(head.encode() + b"\r\n\r\n{")
+            answer = slow.recv(1_000)
+
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert server.receiver.counts.waiting_bytes == 0
 
 
 def test_whoever_waits_too_long_is_told(taken: Taken) -> None:
@@ -585,31 +639,33 @@ class Graph:
     """What a worker does: events into a graph, updates into rows."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._graph = SqliteGraph(path)
+        self._rules = Rules(stamps=False)
         self.events: list[Event] = []
         self.raw: list[dict[str, Any]] = []
 
     def __call__(self, events: Events) -> None:
-        # A thread of its own each time, and SQLite's connections are of one thread.
-        with SqliteGraph(self._path) as graph:
-            parsed = [parse_event(each) for each in events]
-            Recognizer(graph, Rules(stamps=False)).process(parsed)
+        parsed = [parse_event(each) for each in events]
+        Recognizer(self._graph, self._rules).process(parsed)
         self.raw += events
         self.events += parsed
 
     def users(self) -> dict[str, object]:
         """The user of each row in the end, by message id."""
-        warehouse, rules = Warehouse(), Rules(stamps=False)
+        warehouse = Warehouse()
         for each in self.events:
-            warehouse.load("events", [rules.layout.row_of(each, "events")])
-        with SqliteGraph(self._path) as graph:
-            warehouse.apply([leased.update for leased in graph.lease_updates(10_000, 60)])
+            warehouse.load("events", [self._rules.layout.row_of(each, "events")])
+        warehouse.apply([leased.update for leased in self._graph.lease_updates(10_000, 60)])
         return {key: row["user_id"] for key, row in warehouse.tables["events"].items()}
+
+    def close(self) -> None:
+        self._graph.close()
 
 
 @pytest.fixture
-def graph(tmp_path: Path) -> Graph:
-    return Graph(tmp_path / "graph.db")
+def graph(tmp_path: Path) -> Iterator[Graph]:
+    with closing(Graph(tmp_path / "graph.db")) as found:
+        yield found
 
 
 def play(client: Any) -> None:
@@ -654,20 +710,20 @@ def test_the_python_clients_are_understood(graph: Graph, make: Any, packed: bool
 
 def test_a_client_that_is_sent_away_comes_again(graph: Graph) -> None:
     """503 is understood by Segment's client: it keeps its events, and all of them arrive."""
-    away = [GraphUnavailableError("away")] * 2
+    away = [GraphUnavailableError("away")] * 4
 
     def take(events: Events) -> None:
         if away:
             raise away.pop()
         graph(events)
 
-    with running(take) as server:
-        client = SegmentClient(KEY, host=server.receiver.url, upload_interval=0.05, max_retries=5)
+    with running(take, patience=0.1) as server:
+        client = SegmentClient(KEY, host=server.receiver.url, upload_interval=0.05, max_retries=9)
         client.page(anonymous_id="anon-1", name="p0")
         client.shutdown()
 
-    assert [each.anonymous_id for each in graph.events] == ["anon-1"]
-    assert server.receiver.counts.requests == {503: 2, 200: 1}
+    assert len({each.message_id for each in graph.events}) == 1
+    assert server.receiver.counts.requests.keys() == {503, 200}
 
 
 @pytest.fixture(scope="session")
@@ -727,3 +783,17 @@ def test_the_capture_is_the_same_over_http(taken: Taken) -> None:
 
     assert statuses == {200}
     assert [parse_event(each) for each in taken.events] == list(read_events(CAPTURE))
+
+
+def test_the_example_of_the_page_runs(taken: Taken, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/receiver.md: the receiver is made and run, told to stop at once."""
+    page = (HERE.parent / "docs" / "receiver.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.setenv("WRITE_KEY", KEY)
+    stop = threading.Event()
+    stop.set()
+    names: dict[str, Any] = {"stop": stop, "worker": SimpleNamespace(take=taken)}
+    text = block.replace("threading.Event()", "stop").replace("port=8080", "port=0")
+    exec(compile(text, "receiver.md", "exec"), names)
+
+    assert names["receiver"].url is None

@@ -197,10 +197,10 @@ class _Options(_Model):
 _OTHER_OPTIONS = re.findall(
     r"\w+",
     "addMeta batchSize batchSizeBytes columnTypes debugTill deduplicateWindow disabled"
-    " disableTemporaryTables discriminatorField events functionsServer hosts maxColumnsCount"
-    " mergeWindow multithreading omitNils partitionId retryBatchSize retryFrequency schedule"
-    " schema schemaFreeze spreadTablesSchedule storageKey streams tableNamePrefix"
-    " temporaryBatchSize threadsCount timezone toSameCase workspaceUpdatedAt",
+    " disableTemporaryTables discriminatorField events functionsClasses functionsServer hosts"
+    " maxColumnsCount mergeWindow multithreading omitNils partitionId retryBatchSize"
+    " retryFrequency schedule schema schemaFreeze spreadTablesSchedule storageKey streams"
+    " tableNamePrefix temporaryBatchSize threadsCount timezone toSameCase workspaceUpdatedAt",
 )
 _DESTINATION_KEYS = re.findall(
     r"\w+",

@@ -15,6 +15,7 @@ Every error that this library raises, drawn as a tree.
     │   ├── GraphUnavailableError   it cannot be reached, is locked or went away
     │   ├── GraphReadOnlyError      it may be read but not written
     │   └── GraphSchemaError        a foreign, older or newer schema was found
+    ├── SourceError                 where events come from failed
     └── SinkError                   the destination failed
         ├── SinkUnavailableError    it cannot be reached, is locked or went away
         ├── SinkReadOnlyError       it may be read but not written
@@ -95,6 +96,14 @@ class GraphReadOnlyError(GraphError):
 
 class GraphSchemaError(GraphError):
     """The graph holds a foreign schema, or one of another version."""
+
+
+class SourceError(RecognitionError):
+    """
+    Where events come from failed, or refuses. What it did not confirm comes again.
+
+    ``retryable`` says whether starting it again may help.
+    """
 
 
 class SinkError(RecognitionError):

@@ -3,8 +3,9 @@ A port that the SDKs of Segment, RudderStack and Jitsu post their events to.
 
 `Receiver` is a source of a worker: a request is answered with 200 when its events are durable in
 the graph, never before. Requests that come together are handed over together. What cannot be taken
-now is answered with 429 or 503 and ``Retry-After``, upon which the SDKs keep their events and come
-again.
+now is answered with 429 or 503 and ``Retry-After``, upon which the SDKs of Segment and RudderStack
+keep their events and come again; Jitsu's does not. So what was received is offered to the graph
+again until it takes it, whether somebody still waits for it or not.
 
 It speaks HTTP without TLS and listens on loopback unless it is told otherwise: anything else
 belongs behind a proxy. Write keys are compared in constant time. They, and what is in events, are
@@ -22,6 +23,7 @@ import json
 import logging
 import socket
 import threading
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -74,6 +76,9 @@ _BATCHES = frozenset(("batch", "b", "import"))
 #: Seconds after which whoever was sent away may come again.
 RETRY_AFTER = 2
 
+# For a whole body; the SDKs themselves give up after 15.
+_BODY_SECONDS = 30.0
+
 # What a reject keeps of a body that is too long; as for lines of files.
 _KEPT_BYTES = 4 * 1024
 
@@ -114,6 +119,8 @@ class Counts:
     rejected: Counter[str] = field(default_factory=Counter)
     #: Events that are durable.
     events: int = 0
+    #: How often events were offered again.
+    retries: int = 0
     #: Of bodies, as they came over the wire.
     bytes: int = 0
     #: Of bodies, unpacked, that are held now.
@@ -222,7 +229,9 @@ class Receiver:
         """
         Listen until ``stop`` is set; then finish what was begun, and return.
 
-        A `GraphError` of ``take`` is answered with 503 to those who sent the events; it goes on.
+        While ``take`` raises a `GraphError` that may pass, the same events are offered again, and
+        whoever waits longer than the patience is answered with 503; after any other `GraphError` at
+        once. It goes on in both cases.
 
         Raises:
             ConfigurationError: The address cannot be listened on.
@@ -268,7 +277,7 @@ class Receiver:
         self.counts.waiting_bytes = 0
         self._arrived = asyncio.Event()
         self._trouble = None
-        taking = asyncio.create_task(self._take_forever(take, server))
+        taking = asyncio.create_task(self._take_forever(take, stop))
 
         async def watch() -> None:
             while not stop.is_set() and not taking.done():
@@ -289,40 +298,54 @@ class Receiver:
 
     # Taking ---------------------------------------------------------------------------------------
 
-    async def _take_forever(self, take: Take, server: uvicorn.Server) -> None:
+    async def _take_forever(self, take: Take, stop: threading.Event) -> None:
         """Hand over what waits, one batch at a time; the next one gathers meanwhile."""
         while True:
             await self._arrived.wait()
             batch: list[_Waiting] = []
-            count = 0
+            events: list[dict[str, Any]] = []
             while self._queue and (
-                not batch or count + len(self._queue[0].events) <= self._batch_size
+                not batch or len(events) + len(self._queue[0].events) <= self._batch_size
             ):
                 batch.append(self._queue.pop(0))
-                count += len(batch[-1].events)
+                events += batch[-1].events
             if not self._queue:
                 self._arrived.clear()
             try:
-                await asyncio.to_thread(take, [event for each in batch for event in each.events])
-            except GraphError as exc:
-                # Its text is written for logs; what the clients get says nothing of the inside.
-                _log.warning("the graph did not take %d events: %s", count, exc)
-                self._trouble = _NOT_TAKEN
-                self._finish(batch, _RefusedError(503, "the events were not taken"))
-                # No reason to hurry: all come again.
-                await asyncio.sleep(0.2)
+                taken = await self._offer(take, events, stop)
             except BaseException:
                 self._trouble = _STOPPING
-                self._finish(
-                    [*batch, *self._queue], _RefusedError(503, "the events were not taken")
-                )
+                self._finish([*batch, *self._queue], _RefusedError(503, _NOT_TAKEN))
                 self._queue.clear()
                 raise
+            if taken:
+                self.counts.events += len(events)
+            self._finish(batch, None if taken else _RefusedError(503, _NOT_TAKEN))
+
+    async def _offer(
+        self, take: Take, events: Sequence[dict[str, Any]], stop: threading.Event
+    ) -> bool:
+        """Offer events until the graph has them; ``False``: it will not, or there is no time."""
+        pause = 0.1
+        while True:
+            try:
+                await asyncio.to_thread(take, events)
+            except GraphError as exc:
+                # Its text is written for logs; what the clients get says nothing of the inside.
+                _log.warning("the graph did not take %d events: %s", len(events), exc)
+                self._trouble = _NOT_TAKEN
+                if stop.is_set() or not exc.retryable:
+                    return False
             else:
                 if self._trouble == _NOT_TAKEN:
                     self._trouble = None
-                self.counts.events += count
-                self._finish(batch, None)
+                return True
+            self.counts.retries += 1
+            # By and by, as long as nobody wants it to end.
+            until = time.monotonic() + pause
+            while time.monotonic() < until and not stop.is_set():
+                await asyncio.sleep(0.05)
+            pause = min(5.0, 2 * pause)
 
     def _finish(self, batch: Iterable[_Waiting], refused: _RefusedError | None) -> None:
         for each in batch:
@@ -416,7 +439,7 @@ class Receiver:
         size = received = 0
         try:
             # A body that trickles in holds memory for somebody who may not even have a key.
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(_BODY_SECONDS):
                 async for chunk in request.stream():
                     received += len(chunk)
                     self.counts.bytes += len(chunk)
@@ -431,7 +454,8 @@ class Receiver:
             if unzip is not None and not unzip.eof:
                 raise _RefusedError(400, "the gzip stream ends too early")
         except TimeoutError:
-            raise _RefusedError(408, "the body did not come") from None
+            # Not 408, after which RudderStack's SDK drops its events.
+            raise _RefusedError(503, "the body did not come") from None
         except (zlib.error, _RefusedError) as exc:
             refused = (
                 exc
@@ -591,6 +615,7 @@ def render_counts(counts: Counts) -> str:
     add("rejected_total", "counter", "Requests and events that were refused, by reason.",
         {f'{{reason="{reason}"}}': n for reason, n in sorted(counts.rejected.items())})  # fmt: skip
     add("events_total", "counter", "Events that are durable.", {"": counts.events})
+    add("retries_total", "counter", "How often events were offered again.", {"": counts.retries})
     add("bytes_total", "counter", "Bytes of bodies as they came.", {"": counts.bytes})
     add("waiting_bytes", "gauge", "Bytes of bodies that wait.", {"": counts.waiting_bytes})
     return "\n".join(lines) + "\n"

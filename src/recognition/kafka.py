@@ -1,0 +1,666 @@
+"""
+Kafka: events in, updates out, updates in.
+
+`KafkaSource` is a source of a worker: offsets are stored for the next commit when its events are
+durable in the graph, never before. `UpdatesTopic` is where updates go out, all of one visitor in
+order; `UpdatesConsumer` reads such a topic into a sink, and is done with an update when the sink
+is. Whatever dies in between comes again, and changes nothing the second time; so nothing here
+needs a transaction of Kafka's (see ``docs/kafka.md``).
+
+What no retry will ever mend is written to a topic of dead letters, with the reason in its headers,
+before it counts as done.
+
+Errors and logs name topics, partitions and offsets; never keys, values, or options, which may hold
+passwords.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+from recognition.errors import (
+    ConfigurationError,
+    EventError,
+    MessageError,
+    MissingDependencyError,
+    OutcomeUnknownError,
+    RecognitionError,
+    SinkError,
+    SourceError,
+)
+from recognition.events import Event, Format, expand_batch, parse_event
+from recognition.graph import Graph
+from recognition.messages import Equals, UpdateByCriteria, parse_update
+from recognition.planner import plan_updates
+from recognition.sinks import Sink
+
+try:
+    import confluent_kafka as ck
+except ModuleNotFoundError as exc:
+    raise MissingDependencyError(
+        f"Kafka needs the package {exc.name!r}, which is not installed; "
+        'run: pip install "recognition[kafka]"'
+    ) from exc
+
+_log = logging.getLogger("recognition.kafka")
+
+#: Returns when a batch of events is durable in the graph; see `recognition.worker.Source`.
+Take: TypeAlias = Callable[[Sequence[Event]], None]
+
+Options: TypeAlias = Mapping[str, str | int | float | bool]
+
+# What is decided here. At least once rests on the first two.
+_OURS = frozenset(("enable.auto.commit", "enable.auto.offset.store", "group.id", "on_commit"))
+
+_DEFAULTS: Options = {
+    "auto.offset.reset": "earliest",
+    "auto.commit.interval.ms": 1_000,
+    # Of what is fetched ahead; by default it is 64 MB.
+    "queued.max.messages.kbytes": 16_384,
+    "client.id": "recognition",
+}
+
+# Errors that somebody has to mend.
+_REFUSED = frozenset(
+    (
+        ck.KafkaError._AUTHENTICATION,
+        ck.KafkaError.SASL_AUTHENTICATION_FAILED,
+        ck.KafkaError.UNSUPPORTED_SASL_MECHANISM,
+        ck.KafkaError.TOPIC_AUTHORIZATION_FAILED,
+        ck.KafkaError.GROUP_AUTHORIZATION_FAILED,
+        ck.KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+        ck.KafkaError.TOPIC_EXCEPTION,
+    )
+)
+
+# Characters of a reason in a header, as in Bulker's (bulkerapp/app/abstract_batch_consumer.go).
+_MAX_REASON = 256
+
+
+@dataclass(slots=True)
+class Counts:
+    """What has happened since the consumer was made; by this process."""
+
+    #: Messages that are done with, the dead ones included.
+    messages: int = 0
+    #: Messages that became dead letters, by what is wrong with them: a few short texts.
+    dead: Counter[str] = field(default_factory=Counter)
+    #: Messages without a value, as they delete what a compacted topic holds: nothing is done.
+    empty: int = 0
+    #: How often a batch was offered again.
+    retries: int = 0
+    #: How often partitions were given to this consumer, or taken from it.
+    rebalances: int = 0
+
+
+class _Dead(NamedTuple):
+    """A message that no retry will mend; neither text holds anything of it."""
+
+    message: Any
+    kind: str
+    reason: str
+
+
+class _Topics:
+    """Reads topics as one of a group; hands batches on, and stores offsets when they are done."""
+
+    def __init__(
+        self,
+        servers: str,
+        topics: Sequence[str],
+        group: str,
+        *,
+        dead_letters: str | None,
+        batch_size: int,
+        linger: float,
+        pauses: tuple[float, float],
+        options: Options | None,
+    ) -> None:
+        if not topics or not all(topics) or not group:
+            raise ConfigurationError("a consumer needs at least one topic, and a group")
+        if dead_letters in topics:
+            raise ConfigurationError("the topic of dead letters is one that is read")
+        given = dict(options or {})
+        taken = sorted(_OURS & given.keys())
+        if taken:
+            raise ConfigurationError(f"these options are not to be set: {', '.join(taken)}")
+        self._config = {
+            **_DEFAULTS,
+            **given,
+            "bootstrap.servers": servers,
+            "group.id": group,
+            # Stored by us when a batch is done; committed by librdkafka now and then, when a
+            # partition is taken away, and at the end. A broker that is away holds nobody up.
+            "enable.auto.commit": True,
+            "enable.auto.offset.store": False,
+            "error_cb": self._note,
+        }
+        self._topics = list(topics)
+        self._batch_size = batch_size
+        self._linger = linger
+        self._pauses = pauses
+        self._dead = (
+            None if dead_letters is None else _Writer(servers, dead_letters, _for_producer(given))
+        )
+        self._refused: ck.KafkaError | None = None
+        self._reassigned = False
+        self._said: set[str] = set()
+        self.counts = Counts()
+
+    def run(
+        self, handle: Callable[[Sequence[Any]], Sequence[_Dead]], stop: threading.Event
+    ) -> None:
+        """
+        Read until ``stop`` is set.
+
+        Args:
+            handle: Gets messages that have a value; returns those that are to be dead letters. It
+                raises a retryable error to be called again with the same messages.
+        """
+        consumer = _open(ck.Consumer, self._config)
+        self._refused = None
+        try:
+            consumer.subscribe(
+                self._topics,
+                on_assign=self._assigned,
+                on_revoke=self._revoked,
+                on_lost=self._revoked,
+            )
+            while not stop.is_set():
+                messages = self._consume(consumer, self._batch_size, self._linger)
+                while messages:
+                    more = self._finish(consumer, messages, handle, stop)
+                    if more is None:
+                        return
+                    messages = more
+        finally:
+            consumer.close()
+
+    def _consume(self, consumer: Any, count: int, seconds: float) -> list[Any]:
+        """Messages that hold something; what is wrong with the cluster is raised."""
+        found = []
+        for message in consumer.consume(count, seconds):
+            error = message.error()
+            if error is None:
+                found.append(message)
+            elif error.code() in _REFUSED or error.fatal():
+                self._refused = error
+            elif error.code() != ck.KafkaError._PARTITION_EOF:
+                self._say(error)
+        if self._refused is not None:
+            raise _to_error(self._refused)
+        return found
+
+    def _finish(
+        self,
+        consumer: Any,
+        messages: Sequence[Any],
+        handle: Callable[[Sequence[Any]], Sequence[_Dead]],
+        stop: threading.Event,
+    ) -> list[Any] | None:
+        """Hand over until it is done; messages that came meanwhile, ``None`` when told to stop."""
+        later: list[Any] = []
+        paused = False
+        pause, longest = self._pauses
+        while True:
+            try:
+                dead = handle([each for each in messages if each.value() is not None])
+                self._bury(dead)
+                break
+            except RecognitionError as exc:
+                if not exc.retryable:
+                    raise
+                _log.warning("%d messages are offered again: %s", len(messages), exc)
+            self.counts.retries += 1
+            # Paused partitions: nothing more is fetched, and the group sees that we are alive.
+            until = time.monotonic() + pause * random.uniform(0.5, 1.0)
+            consumer.pause(consumer.assignment())
+            paused = True
+            while time.monotonic() < until:
+                if stop.is_set():
+                    return None
+                later += self._consume(consumer, 1, 0.1)
+                if self._reassigned:
+                    self._reassigned = False
+                    consumer.pause(consumer.assignment())
+            pause = min(longest, 2 * pause)
+        if paused:
+            consumer.resume(consumer.assignment())
+        ends: dict[tuple[str, int], int] = {}
+        for message in messages:
+            ends[message.topic(), message.partition()] = message.offset() + 1
+        for (topic, partition), offset in ends.items():
+            try:
+                consumer.store_offsets(offsets=[ck.TopicPartition(topic, partition, offset)])
+            except ck.KafkaException as exc:
+                if exc.args[0].code() != ck.KafkaError._STATE:
+                    raise _to_error(exc.args[0]) from exc
+                # Taken away meanwhile: whoever has it now reads these again.
+        self.counts.empty += sum(each.value() is None for each in messages)
+        self.counts.messages += len(messages)
+        return later
+
+    def _bury(self, dead: Sequence[_Dead]) -> None:
+        if self._dead is not None and dead:
+            self._dead.write([_to_letter(each.message, each.reason) for each in dead])
+        for each in dead:
+            self.counts.dead[each.kind] += 1
+            _log.warning(
+                "%s [%d] offset %d is a dead letter: %s",
+                each.message.topic(),
+                each.message.partition(),
+                each.message.offset(),
+                each.reason,
+            )
+
+    def _assigned(self, _: object, partitions: Sequence[Any]) -> None:
+        self._reassigned = True
+        self.counts.rebalances += 1
+        _log.info("%d partitions were assigned", len(partitions))
+
+    def _revoked(self, _: object, partitions: Sequence[Any]) -> None:
+        self.counts.rebalances += 1
+        _log.info("%d partitions were taken away", len(partitions))
+
+    def _note(self, error: Any) -> None:
+        """What librdkafka tells of the whole client; by whichever thread polls."""
+        if error.code() in _REFUSED:
+            self._refused = error
+        else:
+            self._say(error)
+
+    def _say(self, error: Any) -> None:
+        """It passes by itself, and is said once, not every second."""
+        if error.name() not in self._said:
+            self._said.add(error.name())
+            _log.warning("%s; the client goes on by itself", error.name())
+
+
+class KafkaSource:
+    """
+    Events from topics, at least once.
+
+    A message is one event, an array of events, or a batch of Segment's, in JSON. What is none of
+    these, or cannot be read as an event, is a dead letter, and the rest goes on. While the graph is
+    away the same batch is offered again, and the group keeps its members.
+
+    Args:
+        servers: ``bootstrap.servers``: ``host:port``, several with commas.
+        topics: Their names; ``^in\\.id\\..*`` is a regular expression.
+        group: All workers of one graph share it; each partition is read by one of them.
+        format: How events are written, as for `parse_event`.
+        inside: The key under which a message holds its event: ``httpPayload`` in Jitsu's topic
+            ``destination-messages``. ``None``: the message is the event.
+        dead_letters: The topic for what cannot be read. It must exist, or be made by the broker.
+            ``None``: it is counted and logged with its offset.
+        batch_size: Messages that are handed over at once, at most.
+        linger: How long a batch gathers, in seconds.
+        pauses: The first and the longest pause before a batch is offered again, in seconds.
+        options: Of librdkafka, such as ``security.protocol``.
+
+    Raises:
+        ConfigurationError: An option is wrong, or is decided here.
+    """
+
+    def __init__(
+        self,
+        servers: str,
+        topics: Sequence[str],
+        group: str,
+        *,
+        format: Format | Mapping[str, Format] | None = None,
+        inside: str | None = None,
+        dead_letters: str | None = None,
+        batch_size: int = 1_000,
+        linger: float = 0.5,
+        pauses: tuple[float, float] = (0.5, 30.0),
+        options: Options | None = None,
+    ) -> None:
+        self._format = format
+        self._inside = inside
+        self._topics = _Topics(
+            servers,
+            topics,
+            group,
+            dead_letters=dead_letters,
+            batch_size=batch_size,
+            linger=linger,
+            pauses=pauses,
+            options=options,
+        )
+
+    @property
+    def counts(self) -> Counts:
+        """What has happened so far."""
+        return self._topics.counts
+
+    def run(self, take: Take, stop: threading.Event) -> None:
+        """
+        Read until ``stop`` is set; see `recognition.worker.Source`.
+
+        Raises:
+            SourceError: The cluster refuses the credentials, the topic or the group, or the client
+                cannot go on. A cluster that is away is waited for.
+            GraphError: One that no retry mends; nothing of the batch is confirmed.
+        """
+
+        def handle(messages: Sequence[Any]) -> list[_Dead]:
+            events: list[Event] = []
+            dead: list[_Dead] = []
+            for message in messages:
+                read, kind, place = self._read(message.value())
+                events += read
+                if kind is not None:
+                    dead.append(_Dead(message, kind, place + kind))
+            if events:
+                take(events)
+            return dead
+
+        self._topics.run(handle, stop)
+
+    def _read(self, value: bytes) -> tuple[list[Event], str | None, str]:
+        """The events of a message; why it is a dead letter all the same, and where in it."""
+        try:
+            body = json.loads(value.decode(), parse_constant=_refuse_constant)
+        except UnicodeDecodeError:
+            return [], "not UTF-8", ""
+        except ValueError:
+            return [], "not JSON", ""
+        except RecursionError:
+            return [], "nested too deeply", ""
+        if self._inside is not None:
+            if not isinstance(body, dict) or self._inside not in body:
+                return [], f"the message has no {self._inside}", ""
+            body = body[self._inside]
+        batch = isinstance(body, list) or (isinstance(body, dict) and "batch" in body)
+        members = expand_batch(body) if batch else None
+        events: list[Event] = []
+        kind, place = None, ""
+        for index, member in enumerate([body] if members is None else members):
+            try:
+                events.append(parse_event(member, self._format))
+            except EventError as exc:
+                # The others are taken; found again in the dead letter, they change nothing.
+                if kind is None:
+                    kind, place = str(exc), "" if members is None else f"member {index}: "
+        return events, kind, place
+
+
+class UpdatesTopic:
+    """
+    A topic that updates go out to, in JSON; all of one visitor to one partition, in order.
+
+    The key is the JSON array of workspace and anonymous id. Threads may share it.
+
+    Args:
+        servers: ``bootstrap.servers``.
+        topic: Its name.
+        options: Of librdkafka.
+
+    Raises:
+        ConfigurationError: An option is wrong.
+    """
+
+    def __init__(self, servers: str, topic: str, *, options: Options | None = None) -> None:
+        self._writer = _Writer(servers, topic, dict(options or {}))
+
+    def send(self, updates: Sequence[UpdateByCriteria]) -> None:
+        """
+        Write updates; when this returns, the cluster has them.
+
+        The second time they are there twice, which changes no row.
+
+        Raises:
+            OutcomeUnknownError: The cluster did not take all of them in time; send them again.
+            SinkError: It never will: one is too large, or the topic is refused.
+        """
+        self._writer.write(
+            [
+                (key_of(update), update.to_json().encode(), [("kind", update.kind.encode())])
+                for update in updates
+            ]
+        )
+
+    def relay(self, graph: Graph, *, window: int = 10_000, lease: float = 60.0) -> int:
+        """
+        Send what the outbox of a graph holds, until nothing is left to lease.
+
+        Args:
+            graph: Whose outbox.
+            window: Updates that are sent at once.
+            lease: How long that may take, in seconds.
+
+        Returns:
+            The number of updates sent.
+
+        Raises:
+            SinkError: Those of `send`; the window went back to the outbox.
+        """
+        sent = 0
+        while leased := graph.lease_updates(window, lease):
+            positions = [delivery.position for delivery in leased]
+            try:
+                self.send([delivery.update for delivery in leased])
+            except BaseException as exc:
+                graph.return_updates(positions, type(exc).__name__, dead=False)
+                raise
+            graph.acknowledge(positions)
+            sent += len(leased)
+        return sent
+
+
+class UpdatesConsumer:
+    """
+    Updates from topics into a sink, at least once: a worker of a destination.
+
+    Args:
+        sink: Where to.
+        dead_letters: The topic for what is no update, and for updates that the sink refuses: those
+            of a table that is not there, too. Send them again when it is.
+        servers, topics, group, batch_size, linger, pauses, options: As of `KafkaSource`.
+
+    Raises:
+        ConfigurationError: An option is wrong, or is decided here.
+    """
+
+    def __init__(
+        self,
+        servers: str,
+        topics: Sequence[str],
+        group: str,
+        sink: Sink,
+        *,
+        dead_letters: str | None = None,
+        batch_size: int = 10_000,
+        linger: float = 1.0,
+        pauses: tuple[float, float] = (1.0, 60.0),
+        options: Options | None = None,
+    ) -> None:
+        self._sink = sink
+        self._topics = _Topics(
+            servers,
+            topics,
+            group,
+            dead_letters=dead_letters,
+            batch_size=batch_size,
+            linger=linger,
+            pauses=pauses,
+            options=options,
+        )
+
+    @property
+    def counts(self) -> Counts:
+        """What has happened so far."""
+        return self._topics.counts
+
+    def run(self, stop: threading.Event) -> None:
+        """
+        Apply until ``stop`` is set. While the destination is away its updates wait in Kafka.
+
+        Raises:
+            SourceError: As of `KafkaSource.run`.
+            SinkError: One that no retry mends; nothing of the batch is confirmed.
+        """
+
+        def handle(messages: Sequence[Any]) -> list[_Dead]:
+            updates: list[UpdateByCriteria] = []
+            messages_of: dict[str, list[Any]] = {}
+            dead: list[_Dead] = []
+            for message in messages:
+                try:
+                    update = parse_update(message.value())
+                except MessageError as exc:
+                    dead.append(_Dead(message, "no update message", str(exc)))
+                else:
+                    updates.append(update)
+                    messages_of.setdefault(update.id, []).append(message)
+            plan = plan_updates(updates)
+            refused: dict[str, RecognitionError] = dict(plan.rejected)
+            if plan.steps:
+                refused |= self._sink.apply(plan).rejected
+            for update_id, error in refused.items():
+                for message in messages_of[update_id]:
+                    dead.append(_Dead(message, type(error).__name__, str(error)))
+            return dead
+
+        self._topics.run(handle, stop)
+
+
+def key_of(update: UpdateByCriteria) -> bytes:
+    """What all updates of one visitor have in common: the workspace and the anonymous id."""
+    device = update.cause.anonymous_id
+    if device is None:
+        named = [each.value for each in update.where if isinstance(each, Equals)]
+        # Those of nobody in particular keep their order among themselves.
+        device = str(named[0]) if named else ""
+    return json.dumps([update.workspace, device], separators=(",", ":")).encode()
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+_Letter: TypeAlias = tuple[bytes | None, bytes | None, Sequence[tuple[str, bytes | None]]]
+
+
+class _Writer:
+    """Writes to one topic, and returns when the cluster has it all."""
+
+    def __init__(self, servers: str, topic: str, options: Options) -> None:
+        self._topic = topic
+        self._config = {
+            "client.id": "recognition",
+            # As Java's clients choose a partition, so that whoever joins topics finds the same.
+            "partitioner": "murmur2_random",
+            "delivery.timeout.ms": 30_000,
+            **options,
+            "bootstrap.servers": servers,
+            "enable.idempotence": True,  # in order, and once, whatever is sent again
+            "error_cb": lambda error: _log.debug("%s", error.name()),
+        }
+        self._producer = _open(ck.Producer, self._config)
+        self._lock = threading.Lock()
+
+    def write(self, letters: Sequence[_Letter]) -> None:
+        failed: list[Any] = []
+
+        def delivered(error: Any, _: object) -> None:
+            if error is not None:
+                failed.append(error)
+
+        with self._lock:
+            for key, value, headers in letters:
+                while True:
+                    try:
+                        self._producer.produce(
+                            self._topic, value, key, headers=list(headers), on_delivery=delivered
+                        )
+                        break
+                    except BufferError:
+                        self._producer.poll(0.1)
+                    except ck.KafkaException as exc:
+                        failed.append(exc.args[0])
+                        break
+                self._producer.poll(0)
+            # Each is delivered or given up within delivery.timeout.ms.
+            self._producer.flush()
+            if any(error.fatal() for error in failed):
+                # What an idempotent producer has given up, it cannot go on from.
+                self._producer = _open(ck.Producer, self._config)
+        if failed:
+            first = next((error for error in failed if not _passes(error)), failed[0])
+            told = (
+                f"{len(failed):,} of {len(letters):,} messages were not taken by Kafka:"
+                f" {first.name()}; the others were"
+            )
+            if _passes(first):
+                raise OutcomeUnknownError(told)
+            raise SinkError(told, written=len(failed) < len(letters))
+
+
+def _to_letter(message: Any, reason: str) -> _Letter:
+    """A message as it was, and where and why: the first two names are Bulker's."""
+    headers: list[tuple[str, bytes | None]] = list(message.headers() or ())
+    _, stamp = message.timestamp()
+    for name, value in (
+        ("error", reason[:_MAX_REASON]),
+        ("original_topic", message.topic()),
+        ("original_partition", message.partition()),
+        ("original_offset", message.offset()),
+        ("original_timestamp", stamp),
+    ):
+        headers.append((name, str(value).encode()))
+    return message.key(), message.value(), headers
+
+
+# What it all rests on -----------------------------------------------------------------------------
+
+
+def _open(kind: Callable[..., Any], config: Mapping[str, Any]) -> Any:
+    try:
+        return kind(dict(config), logger=_log)
+    except (ck.KafkaException, TypeError, ValueError) as exc:
+        # Its text may hold the value.
+        named = re.search(r'property:? "([\w.]+)"', str(exc))
+        which = named[1] if named else "one of them"
+        raise ConfigurationError(
+            f"librdkafka does not take the options of Kafka: {which} is unknown or wrong; see"
+            " https://github.com/confluentinc/librdkafka/blob/master/CONFIGURATION.md"
+        ) from None
+
+
+# Those of a consumer that a producer would warn of.
+_CONSUMERS = re.compile(
+    r"auto\.|session\.|heartbeat\.|max\.poll|fetch\.|queued\.|isolation\.|check\.crcs|group\."
+    r"|partition\.assignment|enable\.partition\.eof|offset\."
+)
+
+
+def _for_producer(options: Options) -> Options:
+    return {name: value for name, value in options.items() if not _CONSUMERS.match(name)}
+
+
+def _passes(error: Any) -> bool:
+    return error.code() not in _REFUSED and error.code() not in (
+        ck.KafkaError.MSG_SIZE_TOO_LARGE,
+        ck.KafkaError.INVALID_CONFIG,
+    )
+
+
+def _to_error(error: Any) -> SourceError:
+    """Our own error for one of Kafka's: its name, which holds no value."""
+    return SourceError(
+        f"the consumer cannot go on: {error.name()}; nothing that was not taken is confirmed",
+        retryable=_passes(error),
+    )
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError("NaN and Infinity are not JSON")

