@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -512,3 +513,17 @@ def test_check_of_a_graph_that_was_decided_otherwise(
 
     assert code == 1
     assert [place for place, _ in wrong(findings)] == ["graph"]
+
+
+def test_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source of docs/delivery.md hands its event over, and the worker ends."""
+    page = (HERE.parent / "docs" / "delivery.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+
+    exec(compile(example, "delivery.md", "exec"), names)
+    names["graph"].close()
+
+    assert names["worker"].taken.events == 1
+    assert isinstance(names["MySource"](), Source)
