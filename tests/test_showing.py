@@ -267,6 +267,19 @@ def test_a_big_person_is_cut_and_says_so(graph: Graph) -> None:
     }
 
 
+def test_the_last_of_very_many_devices_are_found(graph: Graph) -> None:
+    """More than are read by one call: the last claimed are shown, and all are counted."""
+    recognizer = Recognizer(graph)
+    times = [(n * 389) % 1_100 for n in range(1_100)]
+    recognizer.process(
+        [make_event(f"m{n}", T + time, f"d{time}", user_id="u1") for n, time in enumerate(times)]
+    )
+    picture = recognizer.show(U1, limit=3)
+
+    assert [device.anonymous_id for device in picture.devices] == ["d1099", "d1098", "d1097"]
+    assert picture.left_out == (LeftOut("devices", "user_id:u1", 3, 1_100),)
+
+
 def test_what_links_the_identifier_to_its_person_is_kept(graph: Graph) -> None:
     """However many others there are, the chain from the one asked for is shown."""
     recognizer = Recognizer(graph)

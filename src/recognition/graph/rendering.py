@@ -38,9 +38,10 @@ COLOURS = (
 )
 NOBODY = ("#E5E5E5", "#000000")
 
-#: A drawing of more shows nothing to anybody. Mermaid refuses more edges than that, too
-#: (https://mermaid.js.org/config/schema-docs/config.html, maxEdges).
-MOST_NODES, MOST_EDGES = 200, 500
+#: A drawing of more shows nothing to anybody: identifiers of those asked about, devices, others.
+MOST_NODES = (80, 60, 60)
+#: Mermaid refuses more (https://mermaid.js.org/config/schema-docs/config.html, maxEdges).
+MOST_EDGES = 500
 
 #: Mermaid refuses a longer text, in characters (the same page, maxTextSize).
 MERMAID_MOST = 50_000
@@ -330,7 +331,11 @@ def _draw(picture: Picture) -> _Drawing:
             if identifier not in claims:
                 source = add_identifier(identifier, 2)
                 edges.append(_Edge(source, target, "unlinked", ("unlinked by hand",)))
-    kept = list(nodes.values())[:MOST_NODES]
+    kept = [
+        node
+        for column, most in enumerate(MOST_NODES)
+        for node in [found for found in nodes.values() if found.column == column][:most]
+    ]
     names = {node.name for node in kept}
     drawn = [edge for edge in edges if {edge.source, edge.target} <= names][:MOST_EDGES]
     return _Drawing(
@@ -351,6 +356,28 @@ def _shorten(value: str, most: int = _LABEL) -> str:
     if len(value) <= most:
         return value
     return f"{value[:most]}\N{HORIZONTAL ELLIPSIS} ({len(value):,} characters)"
+
+
+def _by_person(drawing: _Drawing, picture: Picture) -> Iterator[tuple[int, list[_Node]]]:
+    """The nodes of each person that was asked about, with its place; without those of none."""
+    for place in range(len(picture.persons)):
+        if nodes := [n for n in drawing.nodes if n.column == 0 and n.person == place]:
+            yield place, nodes
+
+
+def _notes(picture: Picture, drawing: _Drawing) -> list[str]:
+    """What a drawing must say beside itself, in a few lines: kinds only, and nobody's value."""
+    if not picture.found:
+        return [f"{_name(picture.subject)} was never seen"]
+    kinds: dict[str, tuple[int, int]] = {}
+    for left in picture.left_out:
+        shown, total = kinds.get(left.what, (0, 0))
+        kinds[left.what] = shown + left.shown, total + left.total
+    told = [
+        f"{total - shown:,} of {total:,} {what} are left out"
+        for what, (shown, total) in kinds.items()
+    ]
+    return [*told, *drawing.left_out]
 
 
 def _edge_lines(link: LinkReason) -> tuple[str, ...]:
@@ -398,54 +425,61 @@ _PAIRS = re.compile(r"\\(?=n)|\$(?=\$)")
 
 def _mermaid(picture: Picture) -> str:
     drawing = _draw(picture)
-    notes = [*_left_out(picture), *drawing.left_out]
-    room = MERMAID_MOST - 1_000 - sum(9 * len(note) for note in notes)
+    notes = _notes(picture, drawing)
+    styles = {**{f"p{place}": colour for place, colour in enumerate(COLOURS)}, "nobody": NOBODY}
+    ends = [
+        f"  classDef {style} fill:{back},color:{front},stroke:#333333"
+        for style, (back, front) in styles.items()
+    ]
     lines = ["flowchart LR"]
-    used = 0
+    # 200 for what is said last, if not all fits.
+    whole = room = MERMAID_MOST - sum(map(len, (*ends, _mermaid_label(notes)))) - 200
     skipped = 0
     names: set[str] = set()
 
-    def take(line: str) -> bool:
-        nonlocal used, skipped
-        if used + len(line) + 1 > room:
-            skipped += 1
+    def fits(size: int, keep: float) -> bool:
+        """Take so much of the room, where this part of it stays for what comes after."""
+        nonlocal room
+        if room - size < keep * whole:
             return False
-        used += len(line) + 1
-        lines.append(line)
+        room -= size
         return True
 
-    def take_nodes(nodes: Iterable[_Node], indent: str) -> None:
+    def take_nodes(nodes: Iterable[_Node], indent: str, keep: float) -> None:
+        nonlocal skipped
         for node in nodes:
             open, close = ('(["', '"])') if node.kind == "identifier" else ('["', '"]')
             style = "nobody" if node.person is None else f"p{node.person % len(COLOURS)}"
-            label = _mermaid_label(node.lines)
-            if take(f"{indent}{node.name}{open}{label}{close}:::{style}"):
+            line = f"{indent}{node.name}{open}{_mermaid_label(node.lines)}{close}:::{style}"
+            if fits(len(line) + 1, keep):
                 names.add(node.name)
+                lines.append(line)
+            else:
+                skipped += 1
 
-    for place, person in enumerate(picture.persons):
-        lines.append(
-            f'  subgraph s{place}["{_mermaid_label(["person", _name(person.canonical)])}"]'
-        )
-        used += len(lines[-1]) + 8
-        take_nodes((n for n in drawing.nodes if n.column == 0 and n.person == place), "    ")
-        lines.append("  end")
-    take_nodes((n for n in drawing.nodes if n.column), "  ")
+    for person, nodes in _by_person(drawing, picture):
+        title = _mermaid_label(["person", _name(picture.persons[person].canonical)])
+        begin, end = f'  subgraph s{person}["{title}"]', "  end"
+        if fits(len(begin) + len(end) + 2, 0.7):
+            lines.append(begin)
+            take_nodes(nodes, "    ", 0.6)
+            lines.append(end)
+        else:
+            skipped += len(nodes)
+    for column, keep in ((1, 0.4), (2, 0.3)):
+        take_nodes((node for node in drawing.nodes if node.column == column), "  ", keep)
     for edge in drawing.edges:
-        if not {edge.source, edge.target} <= names:
+        line = f'  {edge.source} {_MERMAID_EDGES[edge.kind]}|"{_mermaid_label(edge.lines)}"|'
+        line += f" {edge.target}"
+        if {edge.source, edge.target} <= names and fits(len(line) + 1, 0):
+            lines.append(line)
+        else:
             skipped += 1
-            continue
-        arrow, label = _MERMAID_EDGES[edge.kind], _mermaid_label(edge.lines)
-        take(f'  {edge.source} {arrow}|"{label}"| {edge.target}')
     if skipped:
         notes.append(f"{skipped:,} nodes and edges are not drawn: Mermaid takes no longer text")
-    if not picture.found:
-        notes.append(f"{_name(picture.subject)} was never seen")
     if notes:
         lines.append(f'  note["{_mermaid_label(notes)}"]')
-    styles = {**{f"p{place}": colour for place, colour in enumerate(COLOURS)}, "nobody": NOBODY}
-    for style, (back, front) in styles.items():
-        lines.append(f"  classDef {style} fill:{back},color:{front},stroke:#333333")
-    return "".join(f"{line}\n" for line in lines)
+    return "".join(f"{line}\n" for line in (*lines, *ends))
 
 
 def _name(identifier: Identifier) -> str:
@@ -499,10 +533,10 @@ def _dot(picture: Picture) -> str:
             f' fontcolor="{front}"{style}];'
         )
 
-    for place, person in enumerate(picture.persons):
-        title = _dot_label(["person", _name(person.canonical)])
+    for place, nodes in _by_person(drawing, picture):
+        title = _dot_label(["person", _name(picture.persons[place].canonical)])
         lines += [f"  subgraph cluster_{place} {{", f'    label="{title}";']
-        lines += [f"    {node(n)}" for n in drawing.nodes if n.column == 0 and n.person == place]
+        lines += [f"    {node(found)}" for found in nodes]
         lines.append("  }")
     lines += [f"  {node(n)}" for n in drawing.nodes if n.column]
     for edge in drawing.edges:
@@ -510,10 +544,7 @@ def _dot(picture: Picture) -> str:
         lines.append(
             f'  {edge.source} -> {edge.target} [label="{label}", {_DOT_EDGES[edge.kind]}];'
         )
-    notes = [*_left_out(picture), *drawing.left_out]
-    if not picture.found:
-        notes.append(f"{_name(picture.subject)} was never seen")
-    if notes:
+    if notes := _notes(picture, drawing):
         lines.append(f'  note [shape=note, label="{_dot_label(notes)}"];')
     return "".join(f"{line}\n" for line in [*lines, "}"])
 
