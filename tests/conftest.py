@@ -30,6 +30,8 @@ _ENGINES = (
     "pymongo",
     "psycopg",
     "pymysql",
+    "clickhouse-connect",
+    "chdb",
     "snowflake-sqlalchemy",
     "psycopg2-binary",
     "redshift-connector",

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from datetime import datetime
+from random import Random
+from typing import Any, ClassVar, NamedTuple
 
 import clickhouse_connect
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from recognition.errors import ConfigurationError, SinkUnavailableError, TableError
-from recognition.messages import Equals, Messages
+from recognition.messages import Between, Equals, Messages
 from recognition.planner import plan_updates
 from recognition.sinks import Sink, open_sink
 from recognition.sinks.clickhouse import _lock_name, refuse_engine
@@ -655,3 +660,142 @@ def test_settings_are_checked(url: str, options: dict[str, Any], said: str) -> N
     """A URL or a setting that means nothing is refused before anything is connected."""
     with pytest.raises(ConfigurationError, match=said):
         open_sink(url, **options)
+
+
+# Any table, any window ----------------------------------------------------------------------------
+
+EXAMPLES = int(os.environ.get("RECOGNITION_TEST_EXAMPLES", "12"))
+
+
+class _Case(NamedTuple):
+    """A table and what is done to it."""
+
+    engine: str
+    settings: str
+    user: str
+    key: str
+    strategy: str
+    versioned: bool
+    seed: int
+
+
+@st.composite
+def _cases(draw: st.DrawFn) -> _Case:
+    engine = draw(
+        st.sampled_from(["MergeTree", "ReplacingMergeTree(ver)", "CollapsingMergeTree(sign)"])
+    )
+    numbered = draw(st.booleans())
+    strategies = ["auto", "alter", *(["update"] if numbered else [])]
+    if engine.startswith("Replacing"):
+        strategies.append("insert")
+    return _Case(
+        engine,
+        NUMBERED if numbered else "index_granularity = 8192",
+        draw(st.sampled_from(["Nullable(String)", "String", "LowCardinality(Nullable(String))"])),
+        draw(st.sampled_from(["message_id", "toDate(timestamp), message_id"])),
+        draw(st.sampled_from(strategies)),
+        draw(st.booleans()),
+        draw(st.integers(0, 10**6)),
+    )
+
+
+def test_any_table_holds_what_the_last_updates_say(engine: str) -> None:
+    """Random tables, windows in any order with repeats, and rows that come in between."""
+
+    @settings(max_examples=EXAMPLES, deadline=None, database=None)
+    @given(_cases())
+    def check(case: _Case) -> None:
+        client = clickhouse_connect.get_client(interface="chdb", path=engine)
+        opened = Opened(engine, client)
+        try:
+            _check_case(opened, case)
+        finally:
+            for sink in opened.sinks:
+                sink.close()
+            client.close()
+
+    check()
+
+
+def _check_case(opened: Opened, case: _Case) -> None:
+    random = Random(case.seed)
+    opened.client.command("DROP DATABASE IF EXISTS test SYNC")
+    opened.client.command("CREATE DATABASE test")
+    opened.client.command("USE test")
+    column = "user_id" if case.versioned else "stitched_user_id"
+    opened.table(
+        f"message_id String, anonymous_id LowCardinality(String), user_id {case.user},"
+        f" stitched_user_id {case.user}, timestamp DateTime64(6, 'UTC'),"
+        " recognition_version Nullable(Int64), ver UInt32, sign Int8",
+        f"PARTITION BY toYYYYMMDD(timestamp) ORDER BY ({case.key})",
+        case.settings,
+        case.engine,
+    )
+    empty = None if "Nullable" in case.user else ""
+    rows = [
+        row(f"{n}-{t}", f"a{n}", t * DAY / 4, user_id=empty, stitched_user_id=empty, ver=1, sign=1)
+        for n in range(4)
+        for t in range(8)
+    ]
+    random.shuffle(rows)
+    window = _any_window(random, case.versioned)
+    opened.rows(*rows[:20])
+    sink = opened.sink(strategy=case.strategy, patches=random.choice(["auto", "always", "never"]))
+    again = [*random.sample(window, len(window)), *random.sample(window, 2)]
+    arrives = random.randrange(len(again))
+    while again:
+        size = random.randint(1, 4)
+        if arrives is not None and len(again) <= arrives:
+            opened.rows(*rows[20:])
+            arrives = None
+        assert sink.apply(plan_updates(again[:size])).rejected == ()
+        again = again[size:]
+    if arrives is not None:
+        opened.rows(*rows[20:])
+    # What came late is met when the updates come again.
+    sink.apply(plan_updates(window))
+
+    final = "" if case.engine == "MergeTree" else "FINAL"
+    assert opened.column(column, final) == _any_expected(rows, window, column, empty), case
+    assert sink.apply(plan_updates(window)).rows_changed == 0
+    assert opened.made() == []
+
+
+def _any_window(random: Random, versioned: bool) -> list[Any]:
+    """Updates by device, by device and interval, and by messages with a device."""
+    window = []
+    for n in range(1, 9):
+        values = {"user_id" if versioned else "stitched_user_id": f"u{n}"}
+        key = f"a{random.randrange(4)}"
+        first = random.randrange(8)
+        times = range(first, random.randint(first, 8))
+        criteria: list[Any] = [device(key)]
+        if random.random() < 0.3:
+            refs = tuple((f"{key[1:]}-{t}", at(t * DAY / 4)) for t in (times or [first]))
+            criteria.append(Messages(id_column="message_id", time_column="timestamp", refs=refs))
+        elif times:
+            criteria.append(between(times.start * DAY / 4, times.stop * DAY / 4))
+        criteria += [unknown()] if versioned else []
+        window.append(update(n, values, *criteria, versioned=versioned))
+    return window
+
+
+def _any_expected(
+    rows: Sequence[Row], window: Sequence[Any], column: str, empty: str | None
+) -> dict[object, object]:
+    """By row, what the greatest sequence says that meets it; computed from the criteria alone."""
+    expected: dict[object, object] = {}
+    for each in rows:
+        expected[each["message_id"]] = empty
+        for wanted in window:  # in the order of their sequences
+            meets = wanted.where[0].value == each["anonymous_id"]
+            for criterion in wanted.where[1:]:
+                if isinstance(criterion, Messages):
+                    meets = meets and each["message_id"] in dict(criterion.refs)
+                elif isinstance(criterion, Between):
+                    time_of = each["timestamp"]
+                    assert isinstance(time_of, datetime)
+                    meets = meets and criterion.start <= time_of < criterion.end
+            if meets:
+                expected[each["message_id"]] = wanted.set[column]
+    return expected

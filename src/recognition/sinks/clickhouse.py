@@ -33,9 +33,9 @@ cannot be NULL, what ClickHouse puts in the place of it: ``''``, 0 or 1970-01-01
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -112,6 +112,8 @@ from recognition.sinks.rows import (
     show_time,
     time_or_none,
 )
+
+_log = logging.getLogger("recognition.sinks.clickhouse")
 
 LEDGER = "recognition_ledger"
 _LOCK = "recognition_lock_"
@@ -585,10 +587,9 @@ class ClickhouseSink:
         finally:
             try:
                 self._release(window, locked)
-            except SinkError:
-                if sys.exc_info()[0] is None:
-                    raise
-                # What was raised before says more, and whoever comes next cleans up.
+            except SinkError as error:
+                # What was applied stays so, and what was raised before says more.
+                _log.warning("window %s: whoever comes next cleans up: %s", window.id, error)
             finally:
                 _LIVE.discard(window.id)
 
