@@ -44,7 +44,7 @@ $(VENV)/base.stamp: pyproject.toml constraints.txt
 # pip knows dependency groups (PEP 735) since 25.1.
 $(VENV)/dev.stamp: $(VENV)/base.stamp
 	$(PIP) install 'pip>=25.1'
-	$(PIP) install --constraint constraints.txt --editable '.[bigquery,bulker,cli,databricks,duckdb,kafka,mongo,mysql,postgresql,redshift,server,snowflake]' --group dev
+	$(PIP) install --constraint constraints.txt --editable '.[all,chdb]' --group dev
 	@touch $@
 
 # A server for the tests of Snowflake's sink, apart because it needs an older connector.

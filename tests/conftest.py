@@ -35,6 +35,8 @@ _ENGINES = (
     "pymysql",
     "databricks-sql-connector",
     "google-cloud-bigquery",
+    "clickhouse-connect",
+    "chdb",
     "snowflake-sqlalchemy",
     "psycopg2-binary",
     "redshift-connector",

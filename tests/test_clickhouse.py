@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import os
+import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from datetime import datetime
+from random import Random
+from typing import Any, ClassVar, NamedTuple
 
 import clickhouse_connect
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from recognition.errors import ConfigurationError, SinkUnavailableError, TableError
+from recognition.messages import Between, Equals, Messages
+from recognition.planner import plan_updates
 from recognition.sinks import Sink, open_sink
+from recognition.sinks.clickhouse import _lock_name, refuse_engine
+from recognition.sinks.clickhouse_statements import Name, Parameter, sql
 from recognition.testing import SinkTests
-from recognition.testing.sinks import ReadRows, Row, WriteRows
+from recognition.testing.sinks import (
+    ReadRows,
+    Row,
+    WriteRows,
+    at,
+    between,
+    device,
+    row,
+    unknown,
+    update,
+)
 
 NUMBERED = "enable_block_number_column = 1, enable_block_offset_column = 1"
 
@@ -138,3 +160,642 @@ class TestReplacingWithoutVersion(ClickhouseTests):
 
     engine_of = "ReplacingMergeTree"
     strategy = "insert"
+
+
+# What a table is ----------------------------------------------------------------------------------
+
+EVENTS = (
+    "message_id String, anonymous_id Nullable(String), user_id Nullable(String),"
+    " timestamp DateTime64(6, 'UTC'), recognition_version Nullable(Int64)"
+)
+BY_DAY = "PARTITION BY toYYYYMMDD(timestamp) ORDER BY (toDate(timestamp), message_id)"
+
+
+class Opened:
+    """A table and sinks on it."""
+
+    def __init__(self, engine: str, client: Any) -> None:
+        self.engine, self.client = engine, client
+        self.sinks: list[Sink] = []
+
+    def table(
+        self, columns: str = EVENTS, rest: str = BY_DAY, settings: str = NUMBERED, engine: str = ""
+    ) -> None:
+        """Make ``events``."""
+        engine = engine or "MergeTree"
+        self.client.command(
+            f"CREATE TABLE events ({columns}) ENGINE = {engine} {rest} SETTINGS {settings}"
+        )
+
+    def rows(self, *rows: Row, table: str = "events") -> None:
+        """Insert rows that have the same columns."""
+        names = list(rows[0])
+        lists = [[each[name] for name in names] for each in rows]
+        self.client.insert(table, lists, database="test", column_names=names)
+
+    def sink(self, **options: Any) -> Any:
+        """A sink, closed with the test."""
+        strategy = options.pop("strategy", "auto")
+        url = f"chdb://{self.engine}?database=test&strategy={strategy}"
+        self.sinks.append(open_sink(url, **{"timeout": 5, **options}))
+        return self.sinks[-1]
+
+    def apply(self, *updates: Any, **options: Any) -> Any:
+        """By a sink of its own."""
+        return self.sink(**options).apply(plan_updates(updates))
+
+    def column(self, name: str, final: str = "") -> dict[str, object]:
+        """What a column holds, by message."""
+        return dict(self.client.query(f"SELECT message_id, {name} FROM events {final}").result_rows)
+
+    def parts(self) -> list[str]:
+        """The names of the parts that hold rows."""
+        found = self.client.query(
+            "SELECT name FROM system.parts WHERE active AND database = 'test' AND table = 'events'"
+            " ORDER BY name"
+        )
+        return [name for (name,) in found.result_rows]
+
+    def made(self) -> list[str]:
+        """What windows have left."""
+        found = self.client.query(
+            "SELECT name FROM system.tables WHERE database = 'test' AND name LIKE 'recognition%'"
+            " AND name != 'recognition_ledger'"
+        )
+        return [name for (name,) in found.result_rows]
+
+
+@pytest.fixture
+def opened(engine: str, client: Any) -> Iterator[Opened]:
+    """Sinks on an empty database."""
+    opened = Opened(engine, client)
+    yield opened
+    for sink in opened.sinks:
+        sink.close()
+
+
+def owner(sequence: int, user: str, *where: Any, **more: Any) -> Any:
+    """An update of ``user_id`` by version."""
+    return update(sequence, {"user_id": user}, *where, unknown(), versioned=True, **more)
+
+
+def refusal(applied: Any) -> str:
+    """The one reason of what was refused."""
+    [(_, error)] = applied.rejected
+    assert isinstance(error, TableError)
+    assert not error.written
+    return str(error)
+
+
+def test_a_column_of_a_key_is_refused_with_what_to_change(opened: Opened) -> None:
+    """A column that is set and in ORDER BY cannot be updated, and the text says what to do."""
+    opened.table(
+        rest="ORDER BY (coalesce(user_id, anonymous_id), message_id)",
+        settings=f"{NUMBERED}, allow_nullable_key = 1",
+    )
+    opened.rows(row("m1", "a1", 1))
+
+    applied = opened.apply(owner(1, "u1", device("a1")))
+
+    assert "'user_id' is in a key" in refusal(applied)
+    assert "--target-column" in refusal(applied)
+
+
+def test_a_forced_strategy_that_is_not_possible_says_what_makes_it_so(opened: Opened) -> None:
+    """Without numbered rows an update in place is refused, until the command was run."""
+    opened.table(settings="index_granularity = 8192")
+    opened.rows(row("m1", "a1", 1))
+
+    said = refusal(opened.apply(owner(1, "u1", device("a1")), strategy="update"))
+    command = said.partition("run: ")[2].partition(" (possible")[0]
+    opened.client.command(command)
+    applied = opened.apply(owner(1, "u1", device("a1")), strategy="update")
+
+    assert "possible: alter" in said
+    assert (applied.rejected, applied.rows_changed) == ((), 1)
+
+
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        ("CREATE VIEW events AS SELECT 1 AS message_id", "it is a view"),
+        (f"CREATE TABLE events ({EVENTS}) ENGINE = Memory", "its engine is Memory"),
+        (
+            f"CREATE TABLE events ({EVENTS.replace('user_id Nullable(String)', 'user_id JSON')})"
+            " ENGINE = MergeTree ORDER BY message_id",
+            "it is JSON",
+        ),
+        (
+            f"CREATE TABLE events ({EVENTS.replace('DateTime64(6, ', 'String, x DateTime(')})"
+            " ENGINE = MergeTree ORDER BY message_id",
+            "and no time",
+        ),
+    ],
+)
+def test_what_cannot_be_updated_is_refused(opened: Opened, statement: str, said: str) -> None:
+    """Views, other engines and columns that hold no value are refused, each by its reason."""
+    opened.client.command(statement)
+
+    applied = opened.apply(owner(1, "u1", device("a1"), between(0, 9)))
+
+    assert said in refusal(applied)
+
+
+def test_a_distributed_table_is_refused_by_its_local_one() -> None:
+    """The text names the table that holds the rows, and the cluster that it is on."""
+    full = "Distributed('east', 'db', 'events_local', rand()) SETTINGS x = 1"
+
+    said = refuse_engine("Distributed", full)
+
+    assert "'db.events_local'" in said
+    assert "'east'" in said
+
+
+@pytest.mark.parametrize(
+    ("anonymous", "user", "time"),
+    [
+        ("String", "String", "DateTime64(3, 'Asia/Tokyo')"),
+        ("LowCardinality(Nullable(String))", "LowCardinality(Nullable(String))", "DateTime"),
+        ("LowCardinality(String)", "LowCardinality(String)", "Nullable(DateTime64(9, 'UTC'))"),
+    ],
+)
+@pytest.mark.parametrize("strategy", ["update", "alter"])
+def test_columns_of_any_wrapping_are_read_and_set(
+    opened: Opened, anonymous: str, user: str, time: str, strategy: str
+) -> None:
+    """Unknown is NULL, or '' where NULL cannot be; keys and times of any wrapping are compared."""
+    opened.table(
+        f"message_id String, anonymous_id {anonymous}, user_id {user}, timestamp {time},"
+        " recognition_version Int64",
+        "ORDER BY message_id",
+    )
+    empty = None if "Nullable" in user else ""
+    opened.rows(
+        row("m1", "a1", 1, user_id=empty),
+        row("late", "a1", 60, user_id=empty),
+        row("known", "a1", 2, user_id="u9"),
+        row("other", "a2", 1, user_id=empty),
+    )
+    wanted = [owner(1, "u1", device("a1"), between(0, 60)), owner(2, "u2", device("a2"))]
+
+    first = opened.apply(*wanted, strategy=strategy)
+    second = opened.apply(*wanted, strategy=strategy)
+
+    assert opened.column("user_id") == {"m1": "u1", "late": empty, "known": "u9", "other": "u2"}
+    assert (first.rows_changed, second.rows_changed, second.rows_matched) == (2, 0, 2)
+
+
+def test_a_key_may_be_a_uuid_or_a_number(opened: Opened) -> None:
+    """A key is found by its value, whatever holds it."""
+    opened.table(
+        "message_id String, anonymous_id UUID, n UInt32, user_id Nullable(String),"
+        " timestamp DateTime64(6, 'UTC'), recognition_version Nullable(Int64)",
+        "ORDER BY message_id",
+    )
+    one, other = "6f0c5ad6-0f3c-4b58-9c58-4a2f6f8f3a11", "7f0c5ad6-0f3c-4b58-9c58-4a2f6f8f3a11"
+    opened.rows(row("m1", one, 1, n=1), row("m2", other, 1, n=2), row("m3", other, 1, n=3))
+
+    applied = opened.apply(
+        owner(1, "u1", device(one.upper())),
+        owner(2, "u2", Equals(column="n", value=3), device(other)),
+        owner(3, "u3", device("no uuid")),
+        owner(4, "u4", Equals(column="n", value=-1)),
+    )
+
+    assert opened.column("user_id") == {"m1": "u1", "m2": None, "m3": "u2"}
+    assert sorted(id for id, _ in applied.rejected) == ["events-3", "events-4"]
+
+
+def test_values_of_a_column_that_cannot_be_null_become_empty(opened: Opened) -> None:
+    """Null, set in a column that cannot hold it, is the type's empty value."""
+    opened.table(
+        "message_id String, anonymous_id String, stitched_user_id String, at DateTime, n UInt8,"
+        " timestamp DateTime64(6, 'UTC')",
+        "ORDER BY message_id",
+    )
+    opened.rows(row("m1", "a1", 1, stitched_user_id="u", at=at(0), n=7))
+
+    applied = opened.apply(
+        update(1, {"stitched_user_id": None, "at": None, "n": None}, device("a1"))
+    )
+
+    assert applied.rejected == ()
+    found = opened.client.query("SELECT stitched_user_id, toUnixTimestamp(at), n FROM events")
+    assert found.result_rows == [("", 0, 0)]
+
+
+def test_times_are_set_and_have_a_range(opened: Opened) -> None:
+    """A time is set as the column holds it; one that it cannot hold is refused."""
+    opened.table(f"{EVENTS}, seen Nullable(DateTime64(3, 'UTC')), day Nullable(Date)", BY_DAY)
+    opened.rows(row("m1", "a1", 1))
+
+    times = {"seen": "2026-01-02T03:04:05.678Z", "day": "2026-01-02"}
+    opened.apply(update(1, times, device("a1")))
+    applied = opened.apply(update(2, {"day": "2200-01-01T00:00:00Z"}, device("a1")))
+
+    found = opened.client.query("SELECT toString(seen), toString(day) FROM events")
+    assert found.result_rows == [("2026-01-02 03:04:05.678", "2026-01-02")]
+    assert [id for id, _ in applied.rejected] == ["events-2"]
+
+
+# What is touched ----------------------------------------------------------------------------------
+
+DAY = 86_400
+
+
+@pytest.mark.parametrize("strategy", ["update", "alter"])
+def test_partitions_without_matches_are_not_touched(opened: Opened, strategy: str) -> None:
+    """Only the partitions that the times meet, and that hold such rows, get new parts."""
+    opened.table()
+    opened.rows(*(row(f"m{n}", f"a{n % 2}", n * DAY) for n in range(6)))
+    before = set(opened.parts())
+
+    applied = opened.apply(
+        owner(1, "u1", device("a1"), between(0, 4 * DAY)), strategy=strategy, patches="never"
+    )
+
+    added = {name for name in opened.parts() if name not in before}
+    days = {re.sub(r"^patch-\w+-", "", name).partition("_")[0] for name in added}
+    assert applied.rows_changed == 2
+    assert opened.column("user_id") == {f"m{n}": "u1" if n in (1, 3) else None for n in range(6)}
+    if strategy == "update":
+        assert days == {"20260102", "20260104"}
+    else:
+        # A MergeTree clones the parts of the others, by a link; a mutation says what it rewrote.
+        assert days >= {"20260102", "20260104"}
+
+
+def test_applying_again_writes_no_part(opened: Opened) -> None:
+    """The second time not one part is made, by either way."""
+    opened.table()
+    opened.rows(*(row(f"m{n}", f"a{n % 3}", n) for n in range(30)))
+    wanted = [owner(n, f"u{n}", device(f"a{n}")) for n in range(3)]
+    parts = {}
+    for strategy in ("update", "alter"):
+        opened.apply(*wanted, strategy=strategy)
+        parts[strategy] = opened.parts()
+
+        again = opened.apply(*wanted, strategy=strategy)
+
+        assert opened.parts() == parts[strategy]
+        assert (again.rows_changed, again.rows_matched) == (0, 30)
+
+
+def test_patches_are_applied_by_policy(opened: Opened) -> None:
+    """`always` leaves no patch part behind, `never` leaves it to merges."""
+    opened.table()
+    opened.rows(*(row(f"m{n}", f"a{n}", n) for n in range(30)))
+
+    opened.apply(owner(1, "u1", device("a1")), strategy="update", patches="never")
+    waiting = [name for name in opened.parts() if name.startswith("patch-")]
+    opened.apply(owner(2, "u2", device("a2")), strategy="update", patches="always")
+
+    assert len(waiting) == 1
+    assert [name for name in opened.parts() if not name.startswith("patch-")]
+    assert opened.column("user_id")["m2"] == "u2"
+    pending = opened.client.query(
+        "SELECT sum(has_pending) FROM (SELECT name LIKE 'patch-%' AS has_pending FROM system.parts"
+        " WHERE active AND database = 'test' AND table = 'events' AND rows > 0)"
+    )
+    assert pending.result_rows[0][0] <= 2  # parts that are applied go with the next merge
+
+
+def test_messages_prune_by_their_days(opened: Opened) -> None:
+    """Messages reach their rows in a table that is sorted by day, across zones and midnights."""
+    opened.table(EVENTS.replace("'UTC'", "'America/New_York'"))
+    seconds = [n * 7200.25 for n in range(24)]
+    opened.rows(*(row(f"m{n}", "a1", second) for n, second in enumerate(seconds)))
+    refs = tuple((f"m{n}", at(second)) for n, second in enumerate(seconds) if n % 5 == 0)
+    named = Messages(id_column="message_id", time_column="timestamp", refs=refs)
+
+    one = opened.apply(owner(1, "u1", named))
+    two = opened.apply(
+        owner(2, "u2", device("a1"), named.model_copy(update={"refs": (("m1", at(seconds[1])),)}))
+    )
+
+    expected = {f"m{n}": "u1" if n % 5 == 0 else None for n in range(24)}
+    assert opened.column("user_id") == {**expected, "m1": "u2"}
+    assert (one.rows_changed, two.rows_changed) == (5, 1)
+
+
+def test_one_device_may_have_many_intervals(opened: Opened) -> None:
+    """Many intervals of one device are one statement, values and nulls in their places."""
+    opened.table(f"{EVENTS}, stitched_user_id Nullable(String)")
+    opened.rows(*(row(f"m{n}", "a1", n) for n in range(40)))
+    wanted = [
+        update(n, {"stitched_user_id": f"u{n}" if n % 3 else None}, device("a1"), between(n, n + 1))
+        for n in range(30)
+    ]
+
+    applied = opened.apply(*wanted)
+
+    expected = {f"m{n}": f"u{n}" if n < 30 and n % 3 else None for n in range(40)}
+    assert opened.column("stitched_user_id") == expected
+    assert len(applied.steps) == 1
+
+
+# Rows that are replaced ---------------------------------------------------------------------------
+
+
+def test_a_row_that_is_delivered_again_does_not_undo_a_higher_version(opened: Opened) -> None:
+    """In a ReplacingMergeTree the row with the user stays, and key and partition are the same."""
+    columns = f"{EVENTS}, ver UInt64, deleted UInt8"
+    opened.table(columns, engine="ReplacingMergeTree(ver, deleted)")
+    before = [row("m1", "a1", 1, ver=5, deleted=0), row("m2", "a1", 2, ver=5, deleted=1)]
+    opened.rows(*before)
+    applied = opened.apply(owner(1, "u1", device("a1")))
+
+    opened.rows(*before)
+
+    assert (applied.rows_changed, applied.rows_matched) == (1, 1)
+    assert opened.column("user_id", "FINAL") == {"m1": "u1"}
+    assert opened.client.query("SELECT DISTINCT _partition_id FROM events").result_rows == [
+        ("20260101",)
+    ]
+
+
+def test_a_materialized_view_does_not_take_rows_twice(opened: Opened) -> None:
+    """Where a view would count a replaced row again, the table is updated in place."""
+    opened.table(f"{EVENTS}, ver UInt64", engine="ReplacingMergeTree(ver)")
+    opened.client.command("CREATE TABLE counts (n UInt64) ENGINE = MergeTree ORDER BY tuple()")
+    opened.client.command("CREATE MATERIALIZED VIEW seen TO counts AS SELECT 1 AS n FROM events")
+    opened.rows(row("m1", "a1", 1, ver=5))
+    sink = opened.sink()
+    plan = plan_updates([owner(1, "u1", device("a1"))])
+
+    said = sink.compile(plan.steps[0])
+    sink.apply(plan)
+
+    assert "insert: not possible, a materialized view" in said
+    assert "1 materialized views will not see the change" in said
+    assert opened.column("user_id") == {"m1": "u1"}
+    assert opened.client.query("SELECT sum(n) FROM counts").result_rows == [(1,)]
+
+
+# What is in the way -------------------------------------------------------------------------------
+
+
+def test_a_mutation_of_somebody_else_is_waited_for_and_named(opened: Opened) -> None:
+    """A failing mutation of others is not killed; the error says its id and code."""
+    opened.table()
+    opened.rows(row("m1", "a1", 1))
+    opened.client.command(
+        "ALTER TABLE events UPDATE recognition_version = toInt64(throwIf(1, 'secret')) WHERE 1",
+        settings={"mutations_sync": 0},
+    )
+    while not _failing(opened):
+        time.sleep(0.05)
+
+    with pytest.raises(SinkUnavailableError) as caught:
+        opened.apply(owner(1, "u1", device("a1")), timeout=0.3)
+
+    assert re.search(
+        r"by somebody else: 1 mutations .* mutation_\d+.txt; .* 395", str(caught.value)
+    )
+    assert "secret" not in str(caught.value)
+    assert not caught.value.written
+    assert _failing(opened)
+    assert opened.made() == []
+    opened.client.command("KILL MUTATION WHERE database = 'test' SYNC")
+    assert opened.apply(owner(1, "u1", device("a1"))).rows_changed == 1
+
+
+def test_a_stuck_mutation_of_a_dead_worker_is_killed(opened: Opened) -> None:
+    """A mutation that looks up rows which a worker left, and fails, is ours to kill."""
+    opened.table()
+    opened.rows(row("m1", "a1", 1))
+    name = "recognition_stage_00000001_0000000a_1_by_key"
+    opened.client.command(f"CREATE TABLE {name} (k String, v String) ENGINE = Join(ANY, LEFT, k)")
+    opened.client.command(
+        f"ALTER TABLE events UPDATE user_id = joinGet('test.{name}', 'v', message_id),"
+        " recognition_version = toInt64(throwIf(1)) WHERE 1",
+        settings={"mutations_sync": 0},
+    )
+    while not _failing(opened):
+        time.sleep(0.05)
+
+    applied = opened.apply(owner(1, "u1", device("a1")))
+
+    assert applied.rows_changed == 1
+    assert not _failing(opened)
+    assert opened.made() == []
+
+
+def _failing(opened: Opened) -> bool:
+    found = opened.client.query(
+        "SELECT count() FROM system.mutations WHERE database = 'test' AND NOT is_done"
+        " AND latest_fail_reason != ''"
+    )
+    return bool(found.result_rows[0][0])
+
+
+def test_what_a_dead_worker_of_this_process_left_is_taken_away(opened: Opened) -> None:
+    """Neither a lock nor staged rows of a window that is gone stay, and nobody waits for it."""
+    opened.table()
+    opened.rows(row("m1", "a1", 1))
+    sink = opened.sink()
+    sink.apply(plan_updates([owner(1, "u1", device("a1"))]))
+    table = sink._tables["events"]
+    lock = _lock_name(table)
+    opened.client.command(f"CREATE TABLE {lock} (w_00000001_0000000a UInt8) ENGINE = Memory")
+    opened.client.command(
+        "CREATE TABLE recognition_stage_00000001_0000000a_1_rows (x UInt8) ENGINE = Memory"
+    )
+
+    sink.apply(plan_updates([owner(2, "u2", device("a1"))]))
+    once = opened.made()
+    sink.apply(plan_updates([owner(3, "u3", device("a1"))]))
+
+    mark = f"recognition_broken_00000001_0000000a_{lock.removeprefix('recognition_lock_')}"
+    assert once == [mark]  # it says who was broken, until that one cannot wake up any more
+    assert opened.made() == []
+
+
+# Statements ---------------------------------------------------------------------------------------
+
+
+def test_a_statement_takes_no_bare_text() -> None:
+    """Only names, parameters and fragments have a place in a statement."""
+    with pytest.raises(TypeError, match="bare text"):
+        sql("SELECT %", "1; DROP TABLE events")  # type: ignore[arg-type]
+
+    assert sql("SELECT %", Name("a`b\\c")).render() == ("SELECT `a\\`b\\\\c`", {})
+    assert sql("SELECT %", Parameter("String", "x")).render() == (
+        "SELECT {p0:String}",
+        {"p0": "x"},
+    )
+
+
+def test_a_plan_says_what_each_strategy_costs_and_why_one_was_chosen(opened: Opened) -> None:
+    """`compile` ends with an estimate of each strategy, the choice and its reason."""
+    opened.table(settings=f"{NUMBERED}, patch_parts_version = 'v2'")
+    opened.rows(*(row(f"m{n}", f"a{n}", n % 3 * DAY) for n in range(90)))
+    plan = plan_updates([owner(1, "u1", device("a1"), between(0, DAY), expected_rows=1)])
+
+    said = opened.sink(patches="never").compile(plan.steps[0])
+    forced = opened.sink(strategy="alter").compile(plan.steps[0])
+
+    assert "UPDATE `test`.`events` SET" in said.partition("\n")[0]
+    assert re.search(r"-- update: about \d+\.\d CPU seconds, \d+\.\d MB written", said)
+    assert "-- insert: not possible, only a ReplacingMergeTree" in said
+    assert "-- update in 1 of 1 partitions with 30 rows, of which about 1 change" in said
+    assert "patch_parts_version is v2" in said
+    assert forced.startswith("ALTER TABLE `test`.`events` UPDATE")
+    assert "the settings force it" in forced
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "said"),
+    [
+        ("chdb://", {}, "names no directory"),
+        ("clickhouse:///db", {}, "names no host"),
+        ("clickhouse://host:port/db", {}, "port"),
+        ("clickhouse://host/db?strategy=best", {}, "strategy is 'best'"),
+        ("clickhouse://host/db", {"patches": "now"}, "patches is 'now'"),
+        ("clickhouse://host/db", {"timeout": -1}, "timeout"),
+        ("clickhouse://host/db", {"ledger_days": 0}, "ledger_days"),
+    ],
+)
+def test_settings_are_checked(url: str, options: dict[str, Any], said: str) -> None:
+    """A URL or a setting that means nothing is refused before anything is connected."""
+    with pytest.raises(ConfigurationError, match=said):
+        open_sink(url, **options)
+
+
+# Any table, any window ----------------------------------------------------------------------------
+
+EXAMPLES = int(os.environ.get("RECOGNITION_TEST_EXAMPLES", "12"))
+
+
+class _Case(NamedTuple):
+    """A table and what is done to it."""
+
+    engine: str
+    settings: str
+    user: str
+    key: str
+    strategy: str
+    versioned: bool
+    seed: int
+
+
+@st.composite
+def _cases(draw: st.DrawFn) -> _Case:
+    engine = draw(
+        st.sampled_from(["MergeTree", "ReplacingMergeTree(ver)", "CollapsingMergeTree(sign)"])
+    )
+    numbered = draw(st.booleans())
+    strategies = ["auto", "alter", *(["update"] if numbered else [])]
+    if engine.startswith("Replacing"):
+        strategies.append("insert")
+    return _Case(
+        engine,
+        NUMBERED if numbered else "index_granularity = 8192",
+        draw(st.sampled_from(["Nullable(String)", "String", "LowCardinality(Nullable(String))"])),
+        draw(st.sampled_from(["message_id", "toDate(timestamp), message_id"])),
+        draw(st.sampled_from(strategies)),
+        draw(st.booleans()),
+        draw(st.integers(0, 10**6)),
+    )
+
+
+def test_any_table_holds_what_the_last_updates_say(engine: str) -> None:
+    """Random tables, windows in any order with repeats, and rows that come in between."""
+
+    @settings(max_examples=EXAMPLES, deadline=None, database=None)
+    @given(_cases())
+    def check(case: _Case) -> None:
+        client = clickhouse_connect.get_client(interface="chdb", path=engine)
+        opened = Opened(engine, client)
+        try:
+            _check_case(opened, case)
+        finally:
+            for sink in opened.sinks:
+                sink.close()
+            client.close()
+
+    check()
+
+
+def _check_case(opened: Opened, case: _Case) -> None:
+    random = Random(case.seed)
+    opened.client.command("DROP DATABASE IF EXISTS test SYNC")
+    opened.client.command("CREATE DATABASE test")
+    opened.client.command("USE test")
+    column = "user_id" if case.versioned else "stitched_user_id"
+    opened.table(
+        f"message_id String, anonymous_id LowCardinality(String), user_id {case.user},"
+        f" stitched_user_id {case.user}, timestamp DateTime64(6, 'UTC'),"
+        " recognition_version Nullable(Int64), ver UInt32, sign Int8",
+        f"PARTITION BY toYYYYMMDD(timestamp) ORDER BY ({case.key})",
+        case.settings,
+        case.engine,
+    )
+    empty = None if "Nullable" in case.user else ""
+    rows = [
+        row(f"{n}-{t}", f"a{n}", t * DAY / 4, user_id=empty, stitched_user_id=empty, ver=1, sign=1)
+        for n in range(4)
+        for t in range(8)
+    ]
+    random.shuffle(rows)
+    window = _any_window(random, case.versioned)
+    opened.rows(*rows[:20])
+    sink = opened.sink(strategy=case.strategy, patches=random.choice(["auto", "always", "never"]))
+    again = [*random.sample(window, len(window)), *random.sample(window, 2)]
+    arrives = random.randrange(len(again))
+    while again:
+        size = random.randint(1, 4)
+        if arrives is not None and len(again) <= arrives:
+            opened.rows(*rows[20:])
+            arrives = None
+        assert sink.apply(plan_updates(again[:size])).rejected == ()
+        again = again[size:]
+    if arrives is not None:
+        opened.rows(*rows[20:])
+    # What came late is met when the updates come again.
+    sink.apply(plan_updates(window))
+
+    final = "" if case.engine == "MergeTree" else "FINAL"
+    assert opened.column(column, final) == _any_expected(rows, window, column, empty), case
+    assert sink.apply(plan_updates(window)).rows_changed == 0
+    assert opened.made() == []
+
+
+def _any_window(random: Random, versioned: bool) -> list[Any]:
+    """Updates by device, by device and interval, and by messages with a device."""
+    window = []
+    for n in range(1, 9):
+        values = {"user_id" if versioned else "stitched_user_id": f"u{n}"}
+        key = f"a{random.randrange(4)}"
+        first = random.randrange(8)
+        times = range(first, random.randint(first, 8))
+        criteria: list[Any] = [device(key)]
+        if random.random() < 0.3:
+            refs = tuple((f"{key[1:]}-{t}", at(t * DAY / 4)) for t in (times or [first]))
+            criteria.append(Messages(id_column="message_id", time_column="timestamp", refs=refs))
+        elif times:
+            criteria.append(between(times.start * DAY / 4, times.stop * DAY / 4))
+        criteria += [unknown()] if versioned else []
+        window.append(update(n, values, *criteria, versioned=versioned))
+    return window
+
+
+def _any_expected(
+    rows: Sequence[Row], window: Sequence[Any], column: str, empty: str | None
+) -> dict[object, object]:
+    """By row, what the greatest sequence says that meets it; computed from the criteria alone."""
+    expected: dict[object, object] = {}
+    for each in rows:
+        expected[each["message_id"]] = empty
+        for wanted in window:  # in the order of their sequences
+            meets = wanted.where[0].value == each["anonymous_id"]
+            for criterion in wanted.where[1:]:
+                if isinstance(criterion, Messages):
+                    meets = meets and each["message_id"] in dict(criterion.refs)
+                elif isinstance(criterion, Between):
+                    time_of = each["timestamp"]
+                    assert isinstance(time_of, datetime)
+                    meets = meets and criterion.start <= time_of < criterion.end
+            if meets:
+                expected[each["message_id"]] = wanted.set[column]
+    return expected

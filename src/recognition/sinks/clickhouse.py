@@ -33,9 +33,9 @@ cannot be NULL, what ClickHouse puts in the place of it: ``''``, 0 or 1970-01-01
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -113,6 +113,8 @@ from recognition.sinks.rows import (
     time_or_none,
 )
 
+_log = logging.getLogger("recognition.sinks.clickhouse")
+
 LEDGER = "recognition_ledger"
 _LOCK = "recognition_lock_"
 _BROKEN = "recognition_broken_"
@@ -120,7 +122,7 @@ _BROKEN = "recognition_broken_"
 #: How long a lock's holder may do nothing before the lock is taken away, in seconds.
 _IDLE = 10.0
 _COLD = 3600  # seconds without a write, after which a partition's next merge may be far
-_ORPHAN = 3600  # seconds, after which the mark of a broken lock is of no use any more
+_ORPHAN = 86_400  # seconds, after which nobody wakes up whose lock was broken
 
 # https://clickhouse.com/docs/sql-reference/statements/update: since 25.7.
 _FIRST_WITH_UPDATE = (25, 7)
@@ -563,26 +565,52 @@ class ClickhouseSink:
         tables = sorted(tables, key=lambda table: table.parts)
         now, left = self._left([table.database for table in tables])
         window = _Window(f"{now:08x}_{secrets.token_hex(4)}")
-        locks: list[Fragment] = []
+        locked: list[Table] = []
         _LIVE.add(window.id)
         try:
             for table in tables:
                 self._lock(table, window)
-                locks.append(table.beside(_lock_name(table)))
+                locked.append(table)
             if left:
                 self._sweep(left, now)
             yield window
+        except SinkError as error:
+            if not error.retryable and any(self._holder(t) != window.id for t in locked):
+                taken = SinkUnavailableError(
+                    f"another worker took window {window.id} for dead, because it did nothing for"
+                    f" {_IDLE:.0f} seconds, and took its staged rows away; applying the same again"
+                    " is safe"
+                )
+                taken.written = error.written
+                raise taken from error
+            raise
         finally:
             try:
-                # A lock goes when all that is staged is gone.
-                if dropped := [*window.made(), *locks]:
-                    self._server.run(sql("DROP TABLE IF EXISTS % SYNC", join(", ", dropped)))
-            except SinkError:
-                if sys.exc_info()[0] is None:
-                    raise
-                # What was raised before says more, and whoever comes next cleans up.
+                self._release(window, locked)
+            except SinkError as error:
+                # What was applied stays so, and what was raised before says more.
+                _log.warning("window %s: whoever comes next cleans up: %s", window.id, error)
             finally:
                 _LIVE.discard(window.id)
+
+    def _release(self, window: _Window, locked: Sequence[Table]) -> None:
+        """
+        Give the locks back, and drop what is staged.
+
+        A lock is given its holder's own name first, as by whoever breaks it: so nobody gives back a
+        lock that was taken away and is another's by now.
+        """
+        marks = []
+        for table in locked:
+            mark = table.beside(_mark(table, window.id))
+            try:
+                self._server.run(sql("RENAME TABLE % TO %", table.beside(_lock_name(table)), mark))
+                marks.append(mark)
+            except SinkError as error:
+                if getattr(error.__cause__, "code", None) not in (_EXISTS, _NO_TABLE):
+                    raise
+        if dropped := [*window.made(), *marks]:
+            self._server.run(sql("DROP TABLE IF EXISTS % SYNC", join(", ", dropped)))
 
     def _lock(self, table: Table, window: _Window) -> None:
         """
@@ -604,13 +632,13 @@ class ClickhouseSink:
             except SinkError as error:
                 if getattr(error.__cause__, "code", None) != _EXISTS:
                     raise
-            holder = self._holder(table, name)
+            holder = self._holder(table)
             if holder is not None:
                 if holder != quiet or self._acts(holder):
                     quiet, quiet_since = holder, time.monotonic()
                 dead = self._server.embedded and holder not in _LIVE
                 if dead or time.monotonic() - quiet_since > _IDLE:
-                    self._break(table, name, holder)
+                    self._break(table, holder)
                     continue
             if time.monotonic() + delay > deadline:
                 raise SinkUnavailableError(
@@ -620,12 +648,13 @@ class ClickhouseSink:
             time.sleep(delay)
             delay = min(2 * delay, 0.5)
 
-    def _holder(self, table: Table, name: Name) -> str | None:
+    def _holder(self, table: Table) -> str | None:
+        """The window that has the table's lock."""
         found = self._server.rows(
             sql(
                 "SELECT name FROM system.columns WHERE database = % AND table = %",
                 Parameter("String", table.parts[0]),
-                Parameter("String", name),
+                Parameter("String", str(_lock_name(table))),
             )
         )
         return str(found[0][0])[2:] if found else None
@@ -648,7 +677,7 @@ class ClickhouseSink:
         )
         return bool(queries or mutations)
 
-    def _break(self, table: Table, name: Name, holder: str) -> None:
+    def _break(self, table: Table, holder: str) -> None:
         """
         Take the lock from a holder that is gone, and first what its statements need.
 
@@ -662,9 +691,9 @@ class ClickhouseSink:
             if staged.startswith(f"{STAGE}{holder}_"):
                 dropped = sql("%.%", Name(database), Name(staged))
                 self._server.run(sql("DROP TABLE IF EXISTS % SYNC", dropped))
-        broken = table.beside(Name(f"{_BROKEN}{holder}"))
+        mark = table.beside(_mark(table, holder))
         try:
-            self._server.run(sql("RENAME TABLE % TO %", table.beside(name), broken))
+            self._server.run(sql("RENAME TABLE % TO %", table.beside(_lock_name(table)), mark))
         except SinkError as error:
             if getattr(error.__cause__, "code", None) not in (_EXISTS, _NO_TABLE):
                 raise
@@ -1023,7 +1052,7 @@ class ClickhouseSink:
             column_bytes=sizes,
             views=tuple(views),
             projections=projections,
-            refused=_refuse_engine(engine, full),
+            refused=refuse_engine(engine, full),
         )
         self._tables[name] = table
         return table
@@ -1267,7 +1296,8 @@ class _Server:
     ) -> None:
         self.embedded = embedded
         self.statements = 0
-        self._options = dict(options)
+        # An error's text is kept as the cause: without the URL.
+        self._options = {"show_clickhouse_errors": "scrub", **options}
         if not embedded:
             self._options.setdefault("send_receive_timeout", statement_timeout)
             # A session of HTTP has one query at a time, and nothing here needs one.
@@ -1442,7 +1472,7 @@ def _read_url(url: str) -> dict[str, Any]:
     return {"interface": "https" if secure else "http", "host": parts.hostname, **given}
 
 
-def _refuse_engine(engine: str, full: str) -> str:
+def refuse_engine(engine: str, full: str) -> str:
     """Why nothing in a table of this engine can be set, or ``""``."""
     if engine.endswith("View"):
         return "it is a view; updates need the table under it"
@@ -1498,6 +1528,11 @@ def _lock_name(table: Table) -> Name:
     """One for each table; what the lock is called when it is broken follows from its holder."""
     content = "\0".join(table.parts)
     return Name(f"{_LOCK}{blake2b(content.encode(), digest_size=8).hexdigest()}")
+
+
+def _mark(table: Table, holder: str) -> Name:
+    """What the table's lock is called when this window has it no more."""
+    return Name(f"{_BROKEN}{holder}_{_lock_name(table).removeprefix(_LOCK)}")
 
 
 def _code_of(reason: str) -> str:

@@ -1,0 +1,280 @@
+"""The sink for ClickHouse over HTTP: compression, errors, cut connections, dying workers."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import clickhouse_connect
+import pytest
+
+import recognition.sinks.clickhouse
+from applying import Worker
+from chdb_server import Server
+from recognition.errors import (
+    OutcomeUnknownError,
+    SinkError,
+    SinkReadOnlyError,
+    SinkUnavailableError,
+)
+from recognition.planner import plan_updates
+from recognition.sinks import open_sink
+from recognition.testing.sinks import device, row, unknown, update
+from sink_races import expect, make_plans, make_rows, make_window
+
+COLUMNS = (
+    "message_id String, anonymous_id Nullable(String), user_id Nullable(String),"
+    " stitched_user_id Nullable(String), timestamp DateTime64(6, 'UTC'),"
+    " recognition_version Nullable(Int64)"
+)
+SETTINGS = (
+    "ENGINE = MergeTree PARTITION BY toYYYYMMDD(timestamp) ORDER BY message_id"
+    " SETTINGS enable_block_number_column = 1, enable_block_offset_column = 1"
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(tmp_path_factory.mktemp("server"), "s3cret") as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[Any]:
+    """A way around the sink, and a table of its own database."""
+    client = clickhouse_connect.get_client(
+        host="127.0.0.1", port=server.port, username="default", password=server.password,
+        autogenerate_session_id=False,
+    )  # fmt: skip
+    client.command("DROP DATABASE IF EXISTS test SYNC")
+    client.command("CREATE DATABASE test")
+    client.command(f"CREATE TABLE test.events ({COLUMNS}) {SETTINGS}")
+    yield client
+    client.close()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that does nothing for half a second is taken for dead."""
+    monkeypatch.setattr(recognition.sinks.clickhouse, "_IDLE", 0.5)
+
+
+def fill(client: Any, rows: Any) -> None:
+    names = ["message_id", "anonymous_id", "timestamp"]
+    lists = [[each[name] for name in names] for each in rows]
+    client.insert("events", lists, database="test", column_names=names)
+
+
+def users(client: Any, column: str = "user_id") -> dict[str, object]:
+    return dict(client.query(f"SELECT message_id, {column} FROM test.events").result_rows)
+
+
+def left(client: Any) -> list[str]:
+    """What windows have made and not dropped."""
+    found = client.query(
+        "SELECT name FROM system.tables WHERE database = 'test' AND name LIKE 'recognition%'"
+        " AND name != 'recognition_ledger' AND name NOT LIKE 'recognition_broken%'"
+    )
+    return [name for (name,) in found.result_rows]
+
+
+def owner(sequence: int, user: str, anonymous_id: str = "a1") -> Any:
+    return update(sequence, {"user_id": user}, device(anonymous_id), unknown(), versioned=True)
+
+
+@pytest.mark.parametrize("compress", ["lz4", "zstd", "gzip", "false"])
+def test_rows_travel_compressed_or_not(server: Server, client: Any, compress: str) -> None:
+    """Values arrive by each compression of the client, and the second time nothing changes."""
+    fill(client, [row("m1", "O'Brien \u00fc\n\\", 1), row("m2", "a2", 2)])
+    sink = open_sink(server.url("test", compress=compress))
+    plan = plan_updates([owner(1, "u'\\1\t", "O'Brien \u00fc\n\\")])
+
+    applied, again = sink.apply(plan), sink.apply(plan)
+    sink.close()
+
+    assert users(client) == {"m1": "u'\\1\t", "m2": None}
+    assert (applied.rows_changed, again.rows_changed, again.rows_matched) == (1, 0, 1)
+    assert left(client) == []
+
+
+def test_who_may_not_write_is_told_the_grants(server: Server, client: Any) -> None:
+    """A user who may only read gets an error that names the grants; nothing was written."""
+    sink = open_sink(server.url("test", "reader"))
+
+    with pytest.raises(SinkReadOnlyError, match=r"GRANT SELECT, INSERT, CREATE TABLE") as caught:
+        sink.apply(plan_updates([owner(1, "u1")]))
+    sink.close()
+
+    assert (caught.value.written, caught.value.retryable) == (False, False)
+
+
+def test_a_wrong_password_is_said_and_not_shown(server: Server) -> None:
+    """The login's error names neither the password nor the URL, its cause neither."""
+    url = server.url("test").replace("s3cret", "hunter2")
+
+    with pytest.raises(SinkError, match="refused the login") as caught:
+        open_sink(url).apply(plan_updates([owner(1, "u1")]))
+
+    shown = f"{caught.value!r} {caught.value.__cause__!r}"
+    assert "hunter2" not in shown
+    assert not caught.value.retryable
+
+
+def test_a_server_that_is_not_there_may_come_back(tmp_path: Path) -> None:
+    """Nothing was written, and a retry may help."""
+    sink = open_sink("clickhouse://127.0.0.1:9/test")
+
+    with pytest.raises(SinkUnavailableError, match="cannot be reached") as caught:
+        sink.apply(plan_updates([owner(1, "u1")]))
+
+    assert (caught.value.written, caught.value.retryable) == (False, True)
+
+
+@pytest.mark.parametrize("kind", ["drop", "cut"])
+@pytest.mark.parametrize("pattern", ["UPDATE `test`", "CREATE TABLE"])
+def test_a_cut_connection_converges(server: Server, client: Any, kind: str, pattern: str) -> None:
+    """Cut before or after a statement was carried out, the error tells, and again is enough."""
+    fill(client, [row("m1", "a1", 1), row("m2", "a2", 2)])
+    sink = open_sink(server.url("test"))
+    server.fault(kind, pattern)
+
+    with pytest.raises(SinkError) as caught:
+        sink.apply(plan_updates([owner(2, "u1")]))
+    applied = sink.apply(plan_updates([owner(2, "u1")]))
+    sink.close()
+
+    assert server.faulted()
+    assert caught.value.retryable
+    if pattern == "UPDATE `test`":
+        assert isinstance(caught.value, OutcomeUnknownError)
+        assert caught.value.written is None
+    assert users(client) == {"m1": "u1", "m2": None}
+    assert applied.rows_matched == 1
+    assert left(client) == []
+
+
+@pytest.mark.parametrize("pattern", ["INSERT INTO", "RENAME TABLE", "DROP TABLE"])
+def test_what_is_cut_aside_of_the_rows_stops_nothing(
+    server: Server, client: Any, pattern: str
+) -> None:
+    """The driver stages again what was cut; a window that cannot clean up leaves it to the next."""
+    fill(client, [row("m1", "a1", 1), row("m2", "a2", 2)])
+    sink = open_sink(server.url("test"), timeout=30)
+    server.fault("cut" if pattern == "INSERT INTO" else "drop", pattern)
+
+    applied = sink.apply(plan_updates([owner(2, "u1")]))
+    sink.apply(plan_updates([owner(3, "u2", "a2")]))
+    sink.close()
+
+    assert server.faulted()
+    assert applied.rows_changed == 1
+    assert users(client) == {"m1": "u1", "m2": "u2"}
+    assert left(client) == []
+
+
+def test_a_statement_that_takes_too_long_may_have_happened(server: Server, client: Any) -> None:
+    """After the time for a statement its outcome is not known, and again is enough."""
+    fill(client, [row("m1", "a1", 1), row("m2", "a2", 1)])
+    sink = open_sink(server.url("test"), statement_timeout=8.0)
+    server.fault("hang", "UPDATE `test`")
+
+    with pytest.raises(OutcomeUnknownError) as caught:
+        sink.apply(plan_updates([owner(2, "u1")]))
+    sink.apply(plan_updates([owner(2, "u1")]))
+    sink.close()
+
+    assert caught.value.written is None
+    assert server.faulted()
+    assert users(client) == {"m1": "u1", "m2": None}
+
+
+@pytest.mark.parametrize("versioned", [True, False])
+@pytest.mark.parametrize("pattern", ["CREATE TABLE", "INSERT INTO", "UPDATE `test`", "DROP TABLE"])
+def test_a_worker_that_dies_is_cleaned_up_after(
+    server: Server, client: Any, pattern: str, versioned: bool
+) -> None:
+    """SIGKILL after any statement: the next worker takes the lock, and nothing is left."""
+    random = Random(7)
+    window = make_window(random, "events", versioned, size=30)
+    fill(client, make_rows())
+    with Worker(server.url("test")) as worker:
+        server.fault("hang", pattern, skip=random.randrange(2) if pattern != "DROP TABLE" else 0)
+        worker.begin([window])
+        while not server.faulted():
+            time.sleep(0.02)
+        worker.kill()
+
+    sink = open_sink(server.url("test"), timeout=30)
+    applied = sink.apply(plan_updates(window))
+    sink.close()
+
+    column = "user_id" if versioned else "stitched_user_id"
+    assert applied.rejected == ()
+    assert users(client, column) == expect(window)
+    assert left(client) == []
+
+
+def test_a_worker_that_only_slept_cannot_write_any_more(server: Server, client: Any) -> None:
+    """Its lock was broken and its staged rows are gone: its statement fails, and may be retried."""
+    fill(client, [row("m1", "a1", 1), row("m2", "a2", 1)])
+    with Worker(server.url("test")) as sleeper:
+        server.fault("pause", "INSERT INTO")
+        sleeper.begin([[owner(1, "u1"), owner(2, "u2", "a2")]])
+        while not server.faulted():
+            time.sleep(0.02)
+        sleeper.process.send_signal(signal.SIGSTOP)
+
+        sink = open_sink(server.url("test"), timeout=30)
+        sink.apply(plan_updates([owner(3, "u3")]))
+        between_times = users(client)
+        sleeper.process.send_signal(signal.SIGCONT)
+        sleeper.end()
+        sink.close()
+
+    assert between_times == {"m1": "u3", "m2": None}
+    assert users(client) == {"m1": "u3", "m2": "u2"}
+    assert left(client) == []
+
+
+@pytest.mark.parametrize("versioned", [True, False])
+def test_workers_that_race_leave_what_the_last_update_says(
+    server: Server, client: Any, versioned: bool
+) -> None:
+    """Two workers with a part of the updates each, in any order and plans of any size."""
+    random = Random(11)
+    window = make_window(random, "events", versioned, size=40)
+    fill(client, make_rows())
+    halves = [make_plans(random, window[n::2]) for n in range(2)]
+
+    with Worker(server.url("test")) as one, Worker(server.url("test")) as other:
+        one.begin(halves[0])
+        other.begin(halves[1])
+        one.end()
+        other.end()
+
+    column = "user_id" if versioned else "stitched_user_id"
+    assert users(client, column) == expect(window)
+    assert left(client) == []
+
+
+def test_threads_share_a_sink(server: Server, client: Any) -> None:
+    """Plans of several threads are applied one after the other."""
+    fill(client, [row(f"m{n}", f"a{n}", n) for n in range(6)])
+    sink = open_sink(server.url("test"), timeout=60)
+    threads = [
+        threading.Thread(target=sink.apply, args=(plan_updates([owner(n, f"u{n}", f"a{n}")]),))
+        for n in range(6)
+    ]
+
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sink.close()
+
+    assert users(client) == {f"m{n}": f"u{n}" for n in range(6)}
