@@ -254,7 +254,7 @@ URLS = {
     "snow": "snowflake://LOADER:1e3@org-account/ANALYTICS/PUBLIC?"
     "role=RECOGNITION&warehouse=LOADING",
     "click": "clickhouse://loader:a%2Fb@ch1:8443/analytics?secure=true&verify=false",
-    "query": "bigquery://p/d?credentials_base64=eyJ0eXBlIjogInNlcnZpY2VfYWNjb3VudCJ9",
+    "query": "bigquery://p/d",
 }
 
 
@@ -333,7 +333,7 @@ def test_relaxed_json_is_read_from_the_environment() -> None:
     assert one.url == "postgresql+psycopg://u:0123 4@localhost:5432/d"
     assert one.stream.primary_key == ("message_id", "at")
     assert one.stream.batch_period == 0.0
-    assert two.url == "bigquery://p/d?credentials_base64=eyJ0eXBlIjogIngifQ%3D%3D"
+    assert two.url == "bigquery://p/d"
 
 
 def test_no_secret_is_shown(
@@ -1078,6 +1078,27 @@ def test_certificates_as_text_become_files_that_go_with_the_sink(table: Table) -
     while paths[0].exists() and time.monotonic() < deadline:
         gc.collect()
     assert not paths[0].parent.exists()
+
+
+def test_a_key_of_bigquery_becomes_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key as text or as an object is no part of a URL; a path is."""
+
+    class Opened:
+        def __init__(self, url: str) -> None:
+            self.url = url
+
+    monkeypatch.setattr("recognition.bulker.open_sink", Opened)
+    found = {}
+    for name, key in {"object": {"type": "x"}, "text": '{"type": "y"}', "path": "/k.json"}.items():
+        credentials = {"project": "p", "bqDataset": "d", "keyFile": key}
+        sink = read_env(Q={"type": "bigquery", "credentials": credentials}).known["Q"].open()
+        path = Path(str(sa.make_url(sink.url).query["credentials_path"]))  # type: ignore[attr-defined]
+        found[name] = path.read_text() if name != "path" else str(path)
+        del sink
+        gc.collect()
+        assert not path.exists()
+
+    assert found == {"object": '{"type": "x"}', "text": '{"type": "y"}', "path": "/k.json"}
 
 
 def test_mysql_is_opened_from_bulkers_configuration(

@@ -222,7 +222,7 @@ class _Opening(NamedTuple):
     query: Mapping[str, str] = {}
     #: Handed to `open_sink`.
     options: Mapping[str, Any] = {}
-    #: Names of parameters to the file's content, which the driver takes as files only.
+    #: What goes into files, by the parameter that names the file to the driver.
     files: Mapping[str, str] = {}
     #: Names of settings that were left alone.
     ignored: tuple[str, ...] = ()
@@ -552,19 +552,18 @@ class _Bigquery(_Credentials):
     gcsBucket: str | None = None
 
     def open_as(self, namespace: str | None) -> _Opening:
-        query = {}
+        query: dict[str, str] = {}
+        files: dict[str, str] = {}
         key = self.keyFile
         if key not in (None, "", "workload_identity"):
             text = key if isinstance(key, str) else json.dumps(key)
-            if Path(text).is_absolute():
-                query["credentials_path"] = text
-            else:
-                query["credentials_base64"] = base64.b64encode(text.encode()).decode("ascii")
+            (query if Path(text).is_absolute() else files)["credentials_path"] = text
         return _Opening(
             "bigquery",
             host=self.project,
             database=namespace or self.bqDataset,
             query=query,
+            files=files,
         )
 
 
@@ -671,8 +670,8 @@ class Destination:
         """
         The destination as a sink; it connects when it is first used.
 
-        Certificates that the configuration holds as text are written to files of the process's
-        own, which go when the sink does.
+        Certificates and keys that the configuration holds as text, where a driver takes files
+        alone, are written to files that nobody else can read, and that go when the sink does.
 
         Raises:
             UnknownSchemeError: No sink is installed for this type.
@@ -683,7 +682,7 @@ class Destination:
         try:
             for name, content in files.items():
                 assert directory is not None
-                path = os.path.join(directory, f"{name}.pem")
+                path = os.path.join(directory, name)
                 # libpq refuses a key that others may read; mkdtemp's directory is ours alone.
                 with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
                     file.write(content)
