@@ -129,7 +129,11 @@ def test_the_statement_with_versions(opened: Opened) -> None:
         "WHERE events.anonymous_id = stage.equal_0 "
         "AND length(events.anonymous_id) = length(stage.equal_0) "
         'AND events."timestamp" >= stage.start_0 AND events."timestamp" < stage.end_0 '
-        "AND (events.recognition_version IS NULL OR events.recognition_version < stage.sequence) "
+        "AND (events.recognition_version IS NULL OR events.recognition_version < stage.sequence "
+        "OR events.recognition_version = stage.sequence "
+        "AND CASE WHEN (events.user_id = stage.value_1 "
+        "AND length(events.user_id) = length(stage.value_1)) THEN 0 "
+        "WHEN (events.user_id IS NULL AND stage.value_1 IS NULL) THEN 0 ELSE 1 END = 1) "
         "AND (events.user_id IS NULL OR events.recognition_version IS NOT NULL) "
         'AND events."timestamp" >= ? AND events."timestamp" < ?'
     )
