@@ -34,6 +34,10 @@ from recognition.testing.sinks import (
     update,
 )
 
+#: `all` runs the kit for each strategy; otherwise those are left out that differ little.
+EVERY = os.environ.get("RECOGNITION_TEST_CLICKHOUSE") == "all"
+every = pytest.mark.skipif(not EVERY, reason="RECOGNITION_TEST_CLICKHOUSE=all runs it")
+
 NUMBERED = "enable_block_number_column = 1, enable_block_offset_column = 1"
 
 TYPES = {
@@ -128,6 +132,7 @@ class TestMergeTree(ClickhouseTests):
     """A MergeTree that numbers its rows: what is cheapest, chosen."""
 
 
+@every
 class TestMergeTreeUpdate(ClickhouseTests):
     """Lightweight updates, with their patches applied at once."""
 
@@ -148,6 +153,7 @@ class TestReplacing(ClickhouseTests):
     engine_of = "ReplacingMergeTree(ver)"
 
 
+@every
 class TestReplacingUpdate(ClickhouseTests):
     """A ReplacingMergeTree that is updated in place."""
 
@@ -155,6 +161,7 @@ class TestReplacingUpdate(ClickhouseTests):
     strategy = "update"
 
 
+@every
 class TestReplacingWithoutVersion(ClickhouseTests):
     """A ReplacingMergeTree in which the last row to be inserted stands."""
 
@@ -651,6 +658,8 @@ def test_a_plan_says_what_each_strategy_costs_and_why_one_was_chosen(opened: Ope
         ("clickhouse:///db", {}, "names no host"),
         ("clickhouse://host:port/db", {}, "port"),
         ("clickhouse://host/db?strategy=best", {}, "strategy is 'best'"),
+        ("clickhouse://host/db?timeout=soon", {}, "timeout is 'soon'"),
+        ("clickhouse://host/db?ledger_days=0", {}, "ledger_days"),
         ("clickhouse://host/db", {"patches": "now"}, "patches is 'now'"),
         ("clickhouse://host/db", {"timeout": -1}, "timeout"),
         ("clickhouse://host/db", {"ledger_days": 0}, "ledger_days"),
@@ -664,7 +673,7 @@ def test_settings_are_checked(url: str, options: dict[str, Any], said: str) -> N
 
 # Any table, any window ----------------------------------------------------------------------------
 
-EXAMPLES = int(os.environ.get("RECOGNITION_TEST_EXAMPLES", "12"))
+EXAMPLES = int(os.environ.get("RECOGNITION_TEST_EXAMPLES", "6"))
 
 
 class _Case(NamedTuple):

@@ -18,7 +18,7 @@ WORK = Work(
     columns=3,
     column_share=0.014,
     key_share=0.28,
-    unavailable={INSERT: "no", "rekey": "no"},
+    unavailable={INSERT: "no"},
     applies="never",
 )
 
@@ -150,7 +150,7 @@ def test_without_a_strategy_there_is_no_choice() -> None:
         columns=1,
         column_share=0.1,
         key_share=0.1,
-        unavailable=dict.fromkeys((UPDATE, ALTER, INSERT, "rekey"), "no"),
+        unavailable=dict.fromkeys((UPDATE, ALTER, INSERT), "no"),
     )
 
     with pytest.raises(ValueError, match="no strategy"):

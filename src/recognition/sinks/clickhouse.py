@@ -38,12 +38,14 @@ import re
 import secrets
 import threading
 import time
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
 from hashlib import blake2b
+from itertools import accumulate
 from math import inf
 from typing import Any, NamedTuple, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -54,6 +56,7 @@ from clickhouse_connect.driver.exceptions import ClickHouseError
 
 from recognition.errors import (
     ConfigurationError,
+    MissingDependencyError,
     OutcomeUnknownError,
     RecognitionError,
     SinkError,
@@ -68,7 +71,6 @@ from recognition.sinks import Applied, AppliedStep, Capabilities
 from recognition.sinks.clickhouse_cost import (
     ALTER,
     INSERT,
-    REKEY,
     STRATEGIES,
     UPDATE,
     Choice,
@@ -128,7 +130,7 @@ _ORPHAN = 86_400  # seconds, after which nobody wakes up whose lock was broken
 _FIRST_WITH_UPDATE = (25, 7)
 
 # An ALTER names its partitions one by one; `max_query_size` is 256 KiB of text.
-_COMMANDS = 100
+_COMMANDS = 25
 
 # How many rows a visitor has, where the update does not say: about 20 in the event files that we
 # measured with.
@@ -207,8 +209,8 @@ class ClickhouseSink:
         statement_timeout: How long one statement may run, in seconds. After that it may still run
             on the server; the next call waits for it.
         ledger_days: After how many days the ledger may forget what was applied.
-        strategy: ``auto``, or one of ``update``, ``alter``, ``insert`` and ``rekey`` for all tables
-            that can have it; the updates of the others are refused, with the reason.
+        strategy: ``auto``, or one of ``update``, ``alter`` and ``insert`` for all tables that can
+            have it; the updates of the others are refused, with the reason.
         patches: ``auto`` applies the patches of a lightweight update where reading them would cost
             more, ``always`` at once, ``never`` leaves them to merges.
     """
@@ -227,7 +229,9 @@ class ClickhouseSink:
         **options: object,
     ) -> None:
         given = _read_url(url)
-        timeout = float(given.pop("timeout", timeout))
+        timeout = _number(given, "timeout", timeout)
+        statement_timeout = _number(given, "statement_timeout", statement_timeout)
+        ledger_days = int(_number(given, "ledger_days", ledger_days))
         strategy = given.pop("strategy", strategy)
         patches = given.pop("patches", patches)
         if timeout < 0:
@@ -316,7 +320,7 @@ class ClickhouseSink:
         """
         if not plan.steps:
             return Applied(rejected=plan.rejected)
-        with self._server.use():
+        with self._server.use(), self._looks_again():
             refused: dict[str, RecognitionError] = {}
             for step in plan.steps:
                 refused.update(self._check(step))
@@ -345,6 +349,16 @@ class ClickhouseSink:
     def close(self) -> None:
         """Close the connection."""
         self._server.close()
+
+    @contextmanager
+    def _looks_again(self) -> Iterator[None]:
+        """What was known of the tables may have changed since, where something fails."""
+        try:
+            yield
+        except SinkError:
+            self._tables.clear()
+            self._ledgers.clear()
+            raise
 
     # A step -------------------------------------------------------------------------------------
 
@@ -419,6 +433,7 @@ class ClickhouseSink:
         partitions, every = _touched(table, step, survey)
         if not partitions:
             return 0
+        touched = len(partitions)
         choice = choose(work, partitions, forced)
         changed = 0
         if altered := choice.partitions(ALTER):
@@ -436,7 +451,7 @@ class ClickhouseSink:
             altered = choice.partitions(ALTER)
             changed += sum(counts.get(partition, 0) for partition in altered)
         if updated := choice.partitions(UPDATE):
-            whole = every and len(updated) == len(partitions)
+            whole = every and len(updated) == touched
             self._mutate(window, table, statements.update(None if whole else updated))
             after = self._survey(table).patch_parts
             changed += sum(r for name, r in after.items() if name not in survey.patch_parts)
@@ -1134,7 +1149,6 @@ class ClickhouseSink:
             unavailable.setdefault(INSERT, "only a ReplacingMergeTree replaces rows by later ones")
         elif table.views:
             unavailable.setdefault(INSERT, "a materialized view would take the rows a second time")
-        unavailable.setdefault(REKEY, "no column of a key is set")
         preferred = None
         if table.replacing and table.arguments:
             preferred = (
@@ -1324,6 +1338,11 @@ class _Server:
     def _connect(self) -> None:
         try:
             self._client = clickhouse_connect.get_client(**cast(Any, self._options))
+        except ImportError as exc:
+            raise MissingDependencyError(
+                "the embedded engine needs the package 'chdb', which is not installed; run: "
+                'pip install "recognition[chdb]"'
+            ) from exc
         except ClickHouseError as exc:
             raise self._translate(exc, False) from exc
         major, minor = str(self._client.server_version).split(".")[:2]
@@ -1472,6 +1491,15 @@ def _read_url(url: str) -> dict[str, Any]:
     return {"interface": "https" if secure else "http", "host": parts.hostname, **given}
 
 
+def _number(given: dict[str, Any], name: str, default: float) -> float:
+    """A number that may stand in the URL."""
+    said = given.pop(name, default)
+    try:
+        return float(said)
+    except ValueError:
+        raise ConfigurationError(f"{name} is {said!r}; it is a number") from None
+
+
 def refuse_engine(engine: str, full: str) -> str:
     """Why nothing in a table of this engine can be set, or ``""``."""
     if engine.endswith("View"):
@@ -1548,7 +1576,8 @@ def _touched(table: Table, step: Step, survey: _Survey) -> tuple[list[Partition]
     What is expected to change is spread over the partitions that each row's interval meets.
     """
     lines = survey.partitions
-    shares = _spread(step, [_span(table, step, line) for line in lines])
+    column = _partition_time(table, step)
+    shares = _spread(table, column, step, [_span(table, column, line) for line in lines])
     partitions = [
         Partition(
             id=line[0],
@@ -1565,52 +1594,80 @@ def _touched(table: Table, step: Step, survey: _Survey) -> tuple[list[Partition]
     return partitions, len(partitions) == len(lines)
 
 
-def _span(table: Table, step: Step, line: Sequence[Any]) -> tuple[int, int] | None:
-    """
-    Between which times the rows of a partition lie, in microseconds, as far as that is known.
+_Span = tuple[int, int]
 
-    ``system.parts`` says it of the one column of the partition key that is a time.
+
+def _partition_time(table: Table, step: Step) -> Column | None:
+    """
+    The one column of the partition key that is a time, where the step is bounded by it.
+
+    ``system.parts`` says from when to when the rows of a part are by this column.
     """
     times = [name for name in table.partitioned_by if table.columns[name.lower()].kind == "time"]
     bounded = {table.column(bound.column).name for bound in step.bounds}
     if len(times) != 1 or times[0] not in bounded or table.column(times[0]).nullable:
         return None
+    return table.column(times[0])
+
+
+def _span(table: Table, column: Column | None, line: Sequence[Any]) -> _Span | None:
+    """Between which times the rows of a partition lie, in microseconds, as far as it is known."""
+    if column is None:
+        return None
     first_time, last_time, first_day, last_day = line[5:9]
-    if table.types[times[0]].startswith("DateTime"):
+    # They are a DateTime, which ends in 2106, and 0 is also what is not known or before 1970.
+    if table.types[column.name].startswith("DateTime") and 0 < first_time <= last_time < 2**32 - 1:
         return (first_time * SECOND, (last_time + 1) * SECOND)
-    if table.types[times[0]] == "Date":
+    if table.types[column.name] == "Date" and 0 < first_day <= last_day:
         return (first_day * DAY, (last_day + 1) * DAY)
     return None
 
 
-def _spread(step: Step, spans: Sequence[tuple[int, int] | None]) -> list[float | None]:
+def _spread(
+    table: Table, column: Column | None, step: Step, spans: Sequence[_Span | None]
+) -> list[float | None]:
     """How many rows of each partition may change; ``None``: no row's interval meets it."""
     shape = step.shape
     expected = step.expected_rows
     each = _UNKNOWN_ROWS if expected is None else expected / len(step.rows)
     if shape.messages is not None:
         each = min(each, 1.0)
-    if None in spans:
-        return [each * len(step.rows) / len(spans)] * len(spans)
-    known = cast(Sequence[tuple[int, int]], spans)
-    shares = [0.0] * len(known)
-    met = [False] * len(known)
+    if column is None or None in spans:
+        return [each * len(step.rows) / len(spans) for _ in spans]
+    known = sorted((*span, place) for place, span in enumerate(cast(Sequence[_Span], spans)))
+    # Partitions by time do not overlap, so that those which an interval meets are neighbours. Where
+    # some do, a few more are taken than are met.
+    starts, ends = [first for first, *_ in known], list(accumulate((e for _, e, _ in known), max))
+    begins, shared = [0.0] * (len(known) + 1), [0] * (len(known) + 1)
     for row in step.rows:
-        start, end = _reach(shape, row)
-        places = [n for n, (first, last) in enumerate(known) if first < end and start < last]
-        for place in places:
-            met[place] = True
-            shares[place] += each / len(places)
-    return [share if there else None for share, there in zip(shares, met, strict=True)]
+        start, end = _reach(table, column, shape, row)
+        first, last = bisect_right(ends, start), bisect_left(starts, end)
+        if first < last:
+            share = each / (last - first)
+            begins[first] += share
+            begins[last] -= share
+            shared[first] += 1
+            shared[last] -= 1
+    shares: list[float | None] = [None] * len(known)
+    for (*_, place), share, met in zip(known, accumulate(begins), accumulate(shared), strict=False):
+        shares[place] = max(share, 0.0) if met else None
+    return shares
 
 
-def _reach(shape: Shape, row: StagedRow) -> tuple[float, float]:
-    """The times that a row may be about."""
+def _second(time: int) -> _Span:
+    """The full second that a time lies in."""
+    start = time // SECOND * SECOND
+    return start, start + SECOND
+
+
+def _reach(table: Table, column: Column, shape: Shape, row: StagedRow) -> tuple[float, float]:
+    """The times, by this column, that a row may be about."""
     start, end = -inf, inf
-    if row.message_time is not None:
-        start = row.message_time // SECOND * SECOND
-        end = start + SECOND
-    for lower, upper in row.intervals:
-        start = max(start, -inf if lower is None else lower)
-        end = min(end, inf if upper is None else upper)
+    if row.message_time is not None and shape.messages is not None:
+        bounded = table.column(shape.messages[1]) == column
+        start, end = _second(row.message_time) if bounded else (start, end)
+    for name, (lower, upper) in zip(shape.times, row.intervals, strict=True):
+        if table.column(name) == column:
+            start = max(start, -inf if lower is None else lower)
+            end = min(end, inf if upper is None else upper)
     return start, end

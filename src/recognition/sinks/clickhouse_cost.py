@@ -22,10 +22,8 @@ UPDATE = "update"
 ALTER = "alter"
 #: ``INSERT .. SELECT`` of the whole rows with a higher version, into a ReplacingMergeTree.
 INSERT = "insert"
-#: Whole rows are deleted and inserted again: all that a column of a key can have.
-REKEY = "rekey"
 
-STRATEGIES = (UPDATE, ALTER, INSERT, REKEY)
+STRATEGIES = (UPDATE, ALTER, INSERT)
 
 # A statement's own cost: analysis, snapshot, commit, and that of the staged rows' tables.
 _START = 0.3
@@ -40,7 +38,6 @@ _UPDATE_CHANGED = 0.5
 _APPLY_COLUMN, _APPLY_CHANGED = 0.067, 0.2
 # Whole rows: all columns of the granules that hold one, merged by FINAL, and written.
 _WHOLE_READ, _FINAL, _WHOLE_CHANGED = 0.6, 0.2, 10.8
-_DELETE = 0.45
 # Patches of the format v2 hold the sorting key, per megabyte that its columns have compressed.
 _V2_MEGABYTE = 0.007
 
@@ -218,7 +215,4 @@ def _cost(work: Work, partition: Partition, strategy: str) -> tuple[float, float
     granules = max(partition.rows / _GRANULE, 1.0)
     touched = 1 - math.exp(-matched / _VISIT / granules)
     cpu = (_SCAN + _FINAL + _WHOLE_READ * touched) * rows + _WHOLE_CHANGED * changed
-    written = 2 * partition.bytes * matched / max(partition.rows, 1)
-    if strategy == REKEY:
-        cpu += _DELETE * rows
-    return cpu, written
+    return cpu, 2 * partition.bytes * matched / max(partition.rows, 1)
