@@ -20,7 +20,7 @@ from recognition.worker import Worker
 from test_delivery import RULES, Warehouse, delivering, journey, wait_until
 
 DOCS = Path(__file__).parents[1] / "docs"
-DEPLOY = Path(__file__).parents[1] / "deploy"
+DEPLOY = Path(__file__).parents[1] / "examples" / "deploy"
 
 
 def read(text: str) -> dict[tuple[str, ...], float]:
