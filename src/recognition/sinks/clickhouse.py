@@ -1156,12 +1156,10 @@ class ClickhouseSink:
                 "a row that is delivered again would undo an update in place, a higher version"
                 " stays",
             )
-        total = sum(table.column_bytes.values()) or 1
-        sizes = table.column_bytes
         return Work(
             columns=len(shape.columns),
-            column_share=sum(sizes.get(name, 0) for name in names) / total,
-            key_share=sum(sizes.get(name, 0) for name in table.keys) / total,
+            column_share=table.share(names),
+            key_share=table.share(table.keys),
             unavailable=unavailable,
             preferred=preferred,
             applies=self._patches,

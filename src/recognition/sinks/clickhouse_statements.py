@@ -10,7 +10,7 @@ can become a part of a statement's text.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 from uuid import UUID
@@ -184,6 +184,14 @@ class Table(Target):
         return not self.engine.endswith(("ReplicatedMergeTree", "SharedMergeTree")) and (
             self.engine != "MergeTree"
         )
+
+    def share(self, names: Collection[str]) -> float:
+        """Which part of the table's compressed bytes these columns hold."""
+        total = sum(self.column_bytes.values())
+        if total:
+            return sum(self.column_bytes.get(name, 0) for name in names) / total
+        # A small part is in one file, and nobody says what is whose.
+        return len(names) / max(len(self.types), 1)
 
     def named(self) -> Fragment:
         """The table in a statement."""
