@@ -1,7 +1,7 @@
 """
 The statements of each database, beside the code: a change of SQL is seen in a diff.
 
-``RECOGNITION_WRITE_GOLDEN=1`` writes the files anew.
+``RECOGNITION_TEST_WRITE_GOLDEN=1`` writes the files anew.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def test_statements_are_those_of_the_file(
 
     found = "\n".join(shown)
     file = FOLDER / f"{dialect}.sql"
-    if os.environ.get("RECOGNITION_WRITE_GOLDEN") == "1":
+    if os.environ.get("RECOGNITION_TEST_WRITE_GOLDEN") == "1":
         file.write_text(found, encoding="utf-8")
 
     assert found == file.read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from importlib.metadata import entry_points
 from inspect import Parameter, isclass, signature
 from typing import Protocol, cast, get_type_hints, runtime_checkable
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from recognition.errors import (
     ConfigurationError,
@@ -184,7 +184,11 @@ def _read_options(
             hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
             raise ConfigurationError(f"the sink {scheme!r} takes no option {name!r}; {hint}")
         try:
-            read[name] = TypeAdapter(types.get(name, object)).validate_python(value)
+            adapter: TypeAdapter[object] = TypeAdapter(
+                types.get(name, object),
+                config=ConfigDict(arbitrary_types_allowed=True),  # a driver's own client
+            )
+            read[name] = adapter.validate_python(value)
         except ValidationError as exc:
             # The value is not shown: it may be a secret.
             reasons = "; ".join(error["msg"] for error in exc.errors(include_input=False))
