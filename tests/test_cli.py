@@ -501,7 +501,7 @@ def test_what_a_sink_is_told_comes_from_the_settings(
     [
         (
             ("run", "e.ndjson", "--sink", "nosuch://ann:hunter2@host/db"),
-            "installed: duckdb, ",
+            "installed: bigquery, ",
         ),
         (("run", "e.ndjson", "--sink", "//ann:hunter2@host"), "scheme"),
         (("run", "e.ndjson", "--graph", "nosuch://ann:hunter2@host/db"), "memory, mongodb, sqlite"),

@@ -467,7 +467,7 @@ def test_interrupted_import_says_how_it_goes_on(tmp_path: Path, graph: Cli) -> N
     _, err = process.communicate(timeout=30)
     restarted = graph("import", "whole.ndjson", "--graph", OTHER, "--restart")
 
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert b"--restart" in err
     assert b"Traceback" not in err
     assert restarted.code == 0
