@@ -798,8 +798,15 @@ def _in_thread(work: Callable[[], object]) -> Callable[[], Any]:
     return join
 
 
-def test_who_asks_is_seen(database: Database, opened: Opened) -> None:
-    """Whoever looks at the list of processes sees whose statement it is, and no value in it."""
+def test_who_asks_is_seen(
+    database: Database, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Whoever looks at the list of processes sees whose statement it is.
+
+    Where rows are staged, the UPDATE has no value in it.
+    """
+    monkeypatch.setattr(MysqlSink, "inline_rows", 0)
     database.write("events", [row("m1", "a1", 1)])
     sink = opened(timeout=30)
     with _holding(database, "UPDATE events SET context_traits_age = 1") as other:
@@ -1029,8 +1036,11 @@ def test_a_server_that_restarts_is_found_again(opened: Opened) -> None:
 # Loading ----------------------------------------------------------------------------------------
 
 
-def test_load_makes_a_table_that_compares_exactly(database: Database, opened: Opened) -> None:
+def test_load_makes_a_table_that_compares_exactly(
+    database: Database, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Keys that differ in case or blanks are several; what rows are found by has an index."""
+    monkeypatch.setattr(MysqlSink, "inline_rows", 0)
     sink = opened()
     columns = {"message_id": "text", "anonymous_id": "text", "user_id": "text", "timestamp": "time"}
     keys = ["M1", "m1", "m1 ", "m\u00e9", "m\U0001f9ea"]

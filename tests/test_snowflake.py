@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -451,7 +452,7 @@ def test_a_date_is_its_midnight(database: Database, opened: Opened) -> None:
     apply(sink, update(1, {"user_id": "u1"}, device("a1"), noon))
     apply(sink, update(2, {"user_id": "u2"}, device("a1"), later))
 
-    assert "day >= CAST(%(param_1)s AS DATE)" in text
+    assert re.search(r"day >= CAST\(%\(param_\d\)s AS DATE\)", text)
     assert database.column("user_id") == dict(
         zip(days, [None, "u1", "u1", "u1", None], strict=True)
     )

@@ -123,6 +123,7 @@ class BigquerySink(MergingSink):
     inline_rows = 500
     # https://cloud.google.com/bigquery/quotas#query_jobs: 10 MB for a request with its parameters.
     page_bytes = 8_000_000
+    inline_characters = 4_000_000
     makes_stage = "CREATE TEMP TABLE"
     integer = "INT64"
     types: ClassVar[Mapping[str, str]] = {

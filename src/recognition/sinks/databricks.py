@@ -107,6 +107,7 @@ class DatabricksSink(MergingSink):
     # A statement may have 16 MiB:
     # https://docs.databricks.com/api/workspace/statementexecution/executestatement
     page_bytes = 8_000_000
+    inline_characters = 4_000_000
     # https://docs.databricks.com/tables/temporary-tables.html: of one session, on SQL warehouses.
     makes_stage = "CREATE TEMPORARY TABLE"
     integer = "BIGINT"

@@ -31,6 +31,7 @@ import sqlalchemy as sa
 from psycopg import sql
 from sqlalchemy.engine import make_url
 from sqlalchemy.schema import CreateTable
+from sqlalchemy.sql.functions import Function
 
 from recognition.errors import (
     ConfigurationError,
@@ -397,7 +398,8 @@ class PostgresqlSink(PostgresLikeSink):
             for column, values in zip(columns, lists, strict=True)
             for type_ in [_ArrayOf(_name_type(column))]
         ]
-        rows = sa.func.unnest(*arrays).table_valued(*(column.name for column in columns))
+        # Not `func.unnest`: the dialect of BigQuery, once imported, puts one of its own there.
+        rows = Function("unnest", *arrays).table_valued(*(column.name for column in columns))
         return rows.render_derived(name=name)
 
     # The ledger ---------------------------------------------------------------------------------

@@ -83,10 +83,6 @@ from recognition.sinks.rows import Target as _Target
 
 _DAY = 86_400 * 1_000_000
 
-# Rows whose texts have more characters together are no part of a statement: it would be sent, and
-# read by the server, several times, and servers limit what they read at once.
-_INLINE_CHARACTERS = 100_000
-
 _Expression = sa.ColumnElement[Any]
 _Condition = sa.ColumnElement[bool]
 _Prepared = TypeVar("_Prepared")
@@ -316,6 +312,9 @@ class SqlSink(ABC):
     #: is made, filled and dropped: that saves round trips where there are such. Long texts are
     #: staged nevertheless.
     inline_rows: int = 0
+    #: Rows whose texts have more characters together are staged: a statement is sent, and read by
+    #: the server, several times, and servers limit what they read at once.
+    inline_characters: int = 100_000
 
     def __init__(
         self,
@@ -1052,7 +1051,7 @@ class SqlSink(ABC):
             for value in (*row.equals, *row.values)
             if isinstance(value, str)
         )
-        return len(step.rows) <= self.inline_rows and sum(map(len, texts)) <= _INLINE_CHARACTERS
+        return len(step.rows) <= self.inline_rows and sum(map(len, texts)) <= self.inline_characters
 
     def _stage(self, transaction: Transaction, step: Step, target: Target) -> sa.FromClause:
         columns = self._stage_columns(step.shape, target)
