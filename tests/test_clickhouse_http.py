@@ -203,7 +203,9 @@ def apply_as_a_worker(sink: Any, plan: Plan) -> Applied:
     for _ in range(4):
         try:
             applied: Applied = sink.apply(plan)
-        except SinkUnavailableError:
+        except SinkError as exc:
+            if not exc.retryable:
+                raise
             continue
         return applied
     return cast(Applied, sink.apply(plan))
