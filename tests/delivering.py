@@ -32,6 +32,7 @@ class Noted:
         self._sink = sink
         self._log = log
         self._stall = stall
+        self.leases = threading.Lock()
         self.capabilities = sink.capabilities
 
     def compile(self, step: Step) -> str:
@@ -40,9 +41,11 @@ class Noted:
     def apply(self, plan: Plan) -> Applied:
         begin = time.time()
         if self._stall is not None:
-            self._stall.touch()
-            self._stall = None
-            os.kill(os.getpid(), signal.SIGSTOP)
+            stall, self._stall = self._stall, None
+            # Not while the lease is renewed: stopped in a transaction, it would lock the graph.
+            with self.leases:
+                stall.touch()
+                os.kill(os.getpid(), signal.SIGSTOP)
         applied: Applied = self._sink.apply(plan)
         note = {"begin": begin, "end": time.time(), "updates": plan.updates}
         with self._log.open("a") as file:
@@ -68,6 +71,7 @@ if __name__ == "__main__":
         every=0.02,
         lease=1.0,
     )
+    sink.leases = deliverer._lines[0]._lock
     stop = threading.Event()
 
     def wait() -> None:
