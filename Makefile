@@ -4,6 +4,7 @@
 #   make test    the tests
 #   make test-spark    those of Spark, which is 450 MB to download
 #   make lint    style, format, types
+#   make docs    the documentation as a site, in site/
 #   make bench   the benchmarks, full size
 #
 # PYTHON=python3.12 make test    with another interpreter (remove .venv first)
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 PYTEST_ARGS ?= -n 3 # many of them wait for servers
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-spark lint bench clean
+.PHONY: demo test test-spark lint docs bench clean
 
 demo: $(VENV)/base.stamp
 	$(BIN)/recognition demo
@@ -31,11 +32,16 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict src
 
+# Any warning fails it. What is made of the code is made before: python docs/generate.py
+docs: $(VENV)/docs.stamp
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/python -m mkdocs build --quiet --strict
+
 bench: $(VENV)/dev.stamp
 	@set -e; for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(BIN)/python $$benchmark; done
 
 clean:
-	rm -rf $(VENV) build dist recognition-demo .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site recognition-demo .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/base.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -49,6 +55,11 @@ $(VENV)/base.stamp: pyproject.toml constraints.txt
 $(VENV)/dev.stamp: $(VENV)/base.stamp
 	$(PIP) install 'pip>=25.1'
 	$(PIP) install --constraint constraints.txt --editable '.[all,chdb]' --group dev
+	@touch $@
+
+$(VENV)/docs.stamp: $(VENV)/base.stamp
+	$(PIP) install 'pip>=25.1'
+	$(PIP) install --constraint constraints.txt --group docs
 	@touch $@
 
 # A server for the tests of Snowflake's sink, apart because it needs an older connector.

@@ -389,6 +389,29 @@ def test_the_schema_refuses_what_has_the_wrong_shape(case: str) -> None:
     assert not validator.is_valid(json.loads(text))
 
 
+def test_the_schema_knows_which_keys_are_needed() -> None:
+    """A message that lacks a key is valid by the schema where, and only where, it is parsed."""
+    message: dict[str, Any] = json.loads(text_of())
+    valid = jsonschema.Draft202012Validator(json_schema()).is_valid
+    disagree = []
+    holders: list[dict[str, Any]] = [message, *message["where"], message["cause"]]
+    for holder in holders:
+        for key, value in list(holder.items()):
+            del holder[key]
+            try:
+                parse_update(json.dumps(message))
+            except MessageError:
+                parsed = False
+            else:
+                parsed = True
+            if valid(message) is not parsed:
+                disagree.append(key)
+            holder[key] = value
+
+    assert valid(message)
+    assert disagree == []
+
+
 def test_the_schema_is_valid_itself() -> None:
     """The published schema obeys its own draft."""
     jsonschema.Draft202012Validator.check_schema(json_schema())

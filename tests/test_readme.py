@@ -1,4 +1,4 @@
-"""What the README and the pages of docs/ show is what happens."""
+"""What the README and the first pages show is what happens; the rest is in `test_docs.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import pytest
 from recognition import Policy, installed_schemes
 from recognition.cli import main
 from recognition.config import Settings, load_settings
-from recognition.messages import json_schema, parse_update
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,31 +26,6 @@ LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 def _blocks(page: Path, language: str) -> list[str]:
     text = page.read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    """Every relative link of the README and the pages names a file that exists."""
-    links = LINK.findall(page.read_text(encoding="utf-8"))
-
-    missing = [link for link in links if "://" not in link and not (page.parent / link).is_file()]
-    assert missing == []
-
-
-def test_messages_of_the_reference_are_valid() -> None:
-    """The message reference shows messages that this release reads."""
-    shown = _blocks(ROOT / "docs" / "messages.md", "json")
-
-    assert len(shown) == 2
-    for block in shown:
-        assert parse_update(block).version == 1
-
-
-def test_the_published_schema_is_what_the_code_says() -> None:
-    """docs/message.schema.json is what `recognition schema` prints."""
-    published = json.loads((ROOT / "docs" / "message.schema.json").read_text(encoding="utf-8"))
-
-    assert published == json_schema()
 
 
 EVENTS = [
@@ -245,14 +219,17 @@ def test_the_example_of_the_configuration_page_is_valid(tmp_path: Path) -> None:
     assert settings != Settings()
 
 
-def test_the_test_file_of_a_sink_author_is_complete() -> None:
-    """The page's example defines a subclass of the kit with its three fixtures."""
-    (example,) = _blocks(ROOT / "docs" / "write-a-sink.md", "python")
+def test_the_test_files_of_authors_are_complete() -> None:
+    """The pages' examples define a subclass of the kit with its fixtures."""
+    (sink,) = _blocks(ROOT / "docs" / "write-a-sink.md", "python")
+    (graph,) = _blocks(ROOT / "docs" / "write-a-graph.md", "python")
     names: dict[str, object] = {"__name__": "example"}
 
-    exec(compile(example, "write-a-sink.md", "exec"), names)
+    exec(compile(sink, "write-a-sink.md", "exec"), names)
+    exec(compile(graph, "write-a-graph.md", "exec"), names)
 
     assert {"sink", "write_rows", "read_rows"} <= set(vars(names["TestMySink"]))
+    assert {"graph", "reopen"} <= set(vars(names["TestMyGraph"]))
 
 
 def test_pages_are_reached_from_the_readme() -> None:

@@ -135,10 +135,22 @@ def _build_parser() -> argparse.ArgumentParser:
         return found
 
     demo = command("demo", _demo, "Make events, run them, and show what changed.")
-    demo.add_argument("--dir", type=Path, default=Path("recognition-demo"), metavar="DIR")
-    demo.add_argument("--visitors", type=_positive, default=3000, metavar="N")
-    demo.add_argument("--seed", type=int, default=0, metavar="N")
-    demo.add_argument("--sink", choices=("sqlite", "duckdb"), default="sqlite")
+    demo.add_argument(
+        "--dir",
+        type=Path,
+        default=Path("recognition-demo"),
+        metavar="DIR",
+        help="where its files go",
+    )
+    demo.add_argument(
+        "--visitors", type=_positive, default=3000, metavar="N", help="how many are made up"
+    )
+    demo.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="the same number gives the same events"
+    )
+    demo.add_argument(
+        "--sink", choices=("sqlite", "duckdb"), default="sqlite", help="which database is made"
+    )
 
     run = command(
         "run", _run, "Take events in, and bring the sink's rows up to date.", "graph", "events"
@@ -171,7 +183,9 @@ def _build_parser() -> argparse.ArgumentParser:
         "--once", action="store_true", help="end when there is nothing left that can be done now"
     )
     worker.add_argument("--format", metavar="NAME", help="how events are written")
-    worker.add_argument("--log", choices=("text", "json"), default="text")
+    worker.add_argument(
+        "--log", choices=("text", "json"), default="text", help="how logs are written to stderr"
+    )
     worker.add_argument("--metrics", metavar="HOST:PORT", help="serve metrics to Prometheus")
     replay = command(
         "replay", _replay, "Send dead letters again, or list them with --list.", "graph"
@@ -192,12 +206,12 @@ def _build_parser() -> argparse.ArgumentParser:
     unlink = command(
         "unlink", _unlink, "Part two identifiers, or a device and one, for good.", "graph", "sink"
     )
-    unlink.add_argument("one", metavar="TYPE:VALUE")
-    unlink.add_argument("other", metavar="TYPE:VALUE")
+    unlink.add_argument("one", metavar="TYPE:VALUE", help="a device, or a known identifier")
+    unlink.add_argument("other", metavar="TYPE:VALUE", help="a known identifier")
     release = command(
         "release", _release, "Take a device from everybody, up to now.", "graph", "sink"
     )
-    release.add_argument("anonymous_id", metavar="ANONYMOUS_ID")
+    release.add_argument("anonymous_id", metavar="ANONYMOUS_ID", help="the device")
     command("stats", _stats, "Count what the graph holds.", "graph")
     _add_graph_commands(
         commands.add_parser(
@@ -267,6 +281,11 @@ def _add_graph_commands(parser: argparse.ArgumentParser) -> None:
     import_.add_argument(
         "--restart", action="store_true", help="begin anew where an import was not finished"
     )
+    import_.add_argument(
+        "--restored",
+        action="store_true",
+        help="it is a backup, and updates were delivered since: numbers go on far beyond theirs",
+    )
     command("compact", _graph_compact, "Drop what nothing needs any more; give its space back.")
 
 
@@ -275,31 +294,41 @@ def _common() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="one JSON document to stdout")
     parser.add_argument("--quiet", action="store_true", help="no progress, no talk")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="default: recognition.toml")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="settings, default: recognition.toml"
+    )
     return parser
 
 
 def _graph_url() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--graph", metavar="URL", help="default: sqlite:///recognition.db")
+    parser.add_argument(
+        "--graph", metavar="URL", help="what is remembered, default: sqlite:///recognition.db"
+    )
     return parser
 
 
 def _graph_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, parents=[_graph_url()])
-    parser.add_argument("--workspace", metavar="NAME")
-    parser.add_argument("--policy", choices=[policy.value for policy in Policy])
-    parser.add_argument("--layout", metavar="NAME", help=", ".join(LAYOUTS))
+    parser.add_argument("--workspace", metavar="NAME", help="the isolation key")
+    parser.add_argument(
+        "--policy",
+        choices=[policy.value for policy in Policy],
+        help="who owns the events of a shared device",
+    )
+    parser.add_argument("--layout", metavar="NAME", help=f"where rows live: {', '.join(LAYOUTS)}")
     parser.add_argument(
         "--target-column", metavar="COLUMN", help="receives the owner; default: the user column"
     )
-    parser.add_argument("--lookback-days", type=int, metavar="N")
+    parser.add_argument(
+        "--lookback-days", type=int, metavar="N", help="how far back a claim reaches"
+    )
     return parser
 
 
 def _sink_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--sink", metavar="URL", help="for example sqlite:///warehouse.db")
+    parser.add_argument("--sink", metavar="URL", help="where the rows are: sqlite:///warehouse.db")
     return parser
 
 
@@ -313,9 +342,14 @@ def _event_arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--format", metavar="NAME", help="how events are written")
     parser.add_argument("--traits", metavar="NAMES", help="traits to write beside the user: a,b")
-    parser.add_argument("--batch-size", type=_positive, metavar="N")
     parser.add_argument(
-        "--rejects", type=Path, metavar="FILE", help="run's default: rejects.ndjson"
+        "--batch-size", type=_positive, metavar="N", help="events in one step of the graph"
+    )
+    parser.add_argument(
+        "--rejects",
+        type=Path,
+        metavar="FILE",
+        help="what cannot be read; run's default: rejects.ndjson",
     )
     return parser
 
@@ -1059,7 +1093,7 @@ def _open_output(path: str) -> Iterator[IO[bytes]]:
 
 
 def _graph_import(arguments: argparse.Namespace) -> int:
-    from recognition.graph.moving import Record, read_records
+    from recognition.graph.moving import Record, read_records, restored
 
     settings = _settings(arguments)
     _look_for([arguments.file])
@@ -1073,6 +1107,8 @@ def _graph_import(arguments: argparse.Namespace) -> int:
             )
             zipped = cast("BufferedReader", file).peek(2)[:2] == b"\x1f\x8b"
             records = read_records(gzip.GzipFile(fileobj=file) if zipped else file)
+            if arguments.restored:
+                records = restored(records)
             try:
                 for number, record in enumerate(records, start=1):
                     yield record

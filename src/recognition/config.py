@@ -28,6 +28,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from recognition.attribution import DAY, AttributionRules, Policy
 from recognition.errors import ConfigurationError
@@ -180,7 +181,7 @@ class Settings(_Table):
     workspace: Annotated[str, Field(min_length=1, max_length=255)] = "default"
     """The isolation key: nothing is ever linked across two workspaces."""
     graph: Annotated[str, Field(repr=False)] = "sqlite:///recognition.db"
-    """The URL of the graph: `sqlite:///path`, `mongodb://host/database` or `memory://`."""
+    """The URL of the graph: `sqlite:///path`, `mongodb://host/database` or `memory:`."""
     sink: Annotated[str | None, Field(repr=False)] = None
     """The URL of the sink. Without one, updates stay in the graph's outbox."""
     destinations: tuple[DestinationTable, ...] = ()
@@ -559,18 +560,29 @@ def render_reference() -> str:
 def _render_table(title: str, model: type[BaseModel]) -> str:
     lines = [f"## {title}", "", "| key | default | meaning |", "| --- | --- | --- |"]
     for key, field in model.model_fields.items():
-        if field.is_required():
-            default = "needed"
-        elif isinstance(field.default, _Table):
-            default = "its own"
-        else:
-            default = "unset" if field.default is None else f"`{json.dumps(field.default)}`"
         meaning = " ".join((field.description or "").split())
         choices = _choices(field.annotation)
         if choices:
             meaning += f" One of {', '.join(f'`{choice}`' for choice in choices)}."
-        lines.append(f"| `{key}` | {default} | {meaning} |")
+        low, high = (
+            next((getattr(rule, name) for rule in field.metadata if hasattr(rule, name)), None)
+            for name in ("ge", "le")
+        )
+        if high is not None:
+            meaning += f" From {low:,} to {high:,}."
+        elif low:
+            meaning += f" At least {low:,}."
+        lines.append(f"| `{key}` | {render_default(field)} | {meaning} |")
     return "\n".join([*lines, ""])
+
+
+def render_default(field: FieldInfo) -> str:
+    """The default of a setting as the reference shows it."""
+    if field.is_required():
+        return "needed"
+    if isinstance(field.default, _Table):
+        return "see below"
+    return "unset" if field.default is None else f"`{json.dumps(field.default)}`"
 
 
 def _choices(annotation: Any) -> list[str]:

@@ -27,6 +27,7 @@ from pydantic import (
     PlainSerializer,
     TypeAdapter,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -85,7 +86,10 @@ def _time_if_datetime(value: Any) -> Any:
 Name = Annotated[str, AfterValidator(_plain_name)]
 TableName = Annotated[str, AfterValidator(_table_name)]
 Time = Annotated[
-    AwareDatetime, AfterValidator(_to_utc), PlainSerializer(_render_time, when_used="json")
+    AwareDatetime,
+    AfterValidator(_to_utc),
+    PlainSerializer(_render_time, when_used="json"),
+    WithJsonSchema({"type": "string", "format": "date-time"}),
 ]
 Scalar = Annotated[
     bool | int | float | str, BeforeValidator(_time_if_datetime), AfterValidator(_no_nul)
@@ -161,30 +165,52 @@ Criterion = Annotated[Equals | OneOf | Empty | Between | Messages, Field(discrim
 class Cause(_Value):
     """Why the update exists: the message that decided it, and the device it is about."""
 
-    message_id: str | None = None
-    anonymous_id: str | None = None
+    message_id: str | None = Field(default=None, description="The message that decided it.")
+    anonymous_id: str | None = Field(default=None, description="The device that it is about.")
 
 
 class UpdateByCriteria(_Value):
     """
     Set these columns in the rows that meet all of these criteria.
 
-    ``id`` is deterministic: the same decision has the same id. Of two updates that meet the same
-    row, the one with the greater ``sequence`` stands, whatever the order in which they arrive.
-    ``expected_rows`` is how many rows the sender knows to meet the criteria, or ``None``.
+    ``id`` is deterministic (`decide_id`). What each key means stands beside it, and from there in
+    the JSON schema and in ``docs/messages.md``.
     """
 
-    kind: Literal["update_by_criteria"] = "update_by_criteria"
-    version: Literal[1] = 1
-    id: Annotated[str, Field(min_length=1, max_length=255)]
-    workspace: Annotated[str, Field(min_length=1, max_length=255)]
-    table: TableName
-    set: Annotated[dict[Name, Scalar | None], Field(min_length=1)]
-    where: Annotated[tuple[Criterion, ...], Field(min_length=1)]
-    sequence: Annotated[int, Field(ge=0)]
-    expected_rows: Annotated[int, Field(ge=0)] | None = None
-    cause: Cause = Cause()
-    created_at: Time
+    kind: Literal["update_by_criteria"] = Field(
+        default="update_by_criteria", description="What the message is."
+    )
+    version: Literal[1] = Field(
+        default=1, description="Another version is refused, and nothing is written."
+    )
+    id: str = Field(
+        min_length=1,
+        max_length=255,
+        description="The same decision has the same id; a sink applies an id once.",
+    )
+    workspace: str = Field(min_length=1, max_length=255, description="The isolation key.")
+    table: TableName = Field(
+        description="The table, with its schema where it has one (`analytics.events`)."
+    )
+    set: dict[Name, Scalar | None] = Field(
+        min_length=1, description="The columns that are set, and to what; null empties a column."
+    )
+    where: tuple[Criterion, ...] = Field(
+        min_length=1,
+        description="Criteria, joined by AND; at least one `equals`, `one_of` or `messages`, and"
+        " of `messages` one at most.",
+    )
+    sequence: int = Field(
+        ge=0,
+        description="Of two updates that meet the same row, the one with the greater number"
+        " stands, in whatever order they arrive.",
+    )
+    expected_rows: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="How many rows the sender knows to meet the criteria; null: not known.",
+    )
+    cause: Cause = Field(default=Cause(), description="Why the update exists. It decides nothing.")
+    created_at: Time = Field(description="When it was decided. It decides nothing.")
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
@@ -282,6 +308,11 @@ def read_updates(
 def json_schema() -> dict[str, Any]:
     """The JSON schema (draft 2020-12) of the message, as it travels."""
     schema = _UPDATE.json_schema(mode="serialization")
+    for object in (schema, *schema["$defs"].values()):
+        # They say what the rest means, so that nobody may leave them out.
+        tags = [key for key in ("kind", "version") if key in object["properties"]]
+        if tags:
+            object["required"] = [*tags, *object["required"]]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 

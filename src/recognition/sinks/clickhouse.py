@@ -148,7 +148,7 @@ _HOLDS: Mapping[str, tuple[type, ...]] = {
 
 _GRANTS = (
     "a privilege is missing; as an administrator run: GRANT SELECT, INSERT, CREATE TABLE, DROP "
-    "TABLE ON db.* TO user, GRANT ALTER UPDATE, ALTER MATERIALIZE ON db.table TO user and GRANT "
+    "TABLE ON db.* TO user, GRANT ALTER UPDATE ON db.table TO user and GRANT "
     "SELECT ON system.* TO user"
 )
 
