@@ -27,6 +27,12 @@ import yaml
 
 from recognition.cli import _build_parser
 from recognition.config import Settings, load_settings
+from recognition.delivery import CIRCUIT_OPENS, Deliverer
+from recognition.events import MAX_ID_LENGTH, MAX_LINE_BYTES
+from recognition.graph.mongo import PERIOD, SLOTS, MongoGraph
+from recognition.graph.rendering import MOST_EDGES, MOST_NODES
+from recognition.identity import BLOCKED
+from recognition.layouts import LAYOUTS
 from recognition.messages import parse_update
 from recognition.planner import plan_updates
 from recognition.sinks import _BUILT_IN, open_sink
@@ -492,6 +498,73 @@ def test_options_of_sinks_have_the_defaults_that_are_said(page: str, sink: str) 
             differ[name] = (text, default)
 
     assert differ == {}
+
+
+# -------------------------------------------------------------------------------------- the facts
+
+
+def test_blocked_values_are_all_listed() -> None:
+    """docs/how-it-decides.md names each of them, and no other."""
+    page = text_of(DOCS / "how-it-decides.md")
+    listed = page[page.index("Blank values;") : page.index("in any case and in quotes")]
+
+    assert {value.lower() for value in re.findall(r"`([^`]+)`", listed)} == BLOCKED
+
+
+def test_layouts_are_as_the_table_says() -> None:
+    """Each layout has a row with the columns that it has, under the heading of each."""
+    page = text_of(DOCS / "layouts.md")
+    rows = re.findall(r"^\| `([\w-]+)`[^|]*\|[^|]*\|(.*)\|$", page, re.MULTILINE)
+    shown: dict[str, list[str]] = {}
+    for name, cells in rows:
+        texts = [cell.strip() for cell in cells.split("|")]
+        above = shown.get("segment-single-table", [])
+        shown[name] = [
+            above[place] if text == "the same" else re.findall(r"`(.*?)`", text)[0]
+            for place, text in enumerate(texts)
+        ]
+
+    assert shown == {
+        name: [c.id, c.anonymous_id, c.user_id, c.time, str(c.trait).format("x")]
+        for name, c in ((name, layout.columns) for name, layout in LAYOUTS.items())
+    }
+
+
+def _default(callable: Any, name: str) -> Any:
+    return inspect.signature(callable).parameters[name].default
+
+
+def facts() -> Iterator[tuple[str, str]]:
+    """Pages, and sentences in them with the numbers of the code."""
+    first, longest = _default(Deliverer, "pauses")
+    settings = Settings()
+    ordinal = {3: "third"}[CIRCUIT_OPENS]
+    yield "README.md", f"An event is at most {MAX_LINE_BYTES >> 20} MiB"
+    yield "README.md", f"an identifier at most {MAX_ID_LENGTH:,} characters"
+    yield "README.md", f"a person at most {settings.max_identifiers:,} identifiers"
+    yield "README.md", f"at most {settings.lookback_days} days (`lookback_days`)"
+    yield "how-it-decides.md", f"`lookback_days` ({settings.lookback_days})"
+    yield "how-it-decides.md", f"`max_identifiers` ({settings.max_identifiers:,})"
+    yield "how-it-decides.md", f"settle_seconds = {settings.delivery.settle_seconds:g}"
+    yield "delivery.md", f"`settle_seconds = {settings.delivery.settle_seconds:g}` (twice"
+    yield "delivery.md", f"after {first:g} s, {2 * first:g} s, {4 * first:g} s, up to"
+    yield "delivery.md", f"up to {longest / 60:g} minutes, less a random part"
+    yield "delivery.md", f"from the {ordinal} failure in a row"
+    yield "delivery.md", {60.0: "loses it after a minute"}[_default(Deliverer, "lease")]
+    yield "delivery.md", {3600.0: "come back within an hour"}[_default(Deliverer, "longest")]
+    yield "mongodb.md", f"(default {_default(MongoGraph, 'timeout'):g} s)"
+    yield "mongodb.md", f"each holds {PERIOD} days, { {6: 'six'}[SLOTS] } take turns"
+    yield "mongodb.md", {10.0: "after ten seconds"}[_default(MongoGraph, "grace")]
+    yield "command-line.md", f"A drawing holds up to\n{MOST_NODES[0]} identifiers"
+    yield "command-line.md", f"and {MOST_EDGES} edges"
+
+
+@pytest.mark.parametrize(("page", "sentence"), list(facts()))
+def test_numbers_are_those_of_the_code(page: str, sentence: str) -> None:
+    """The sentence is on the page; where it was written anew, it is written anew here, too."""
+    (path,) = [path for path in PAGES if path.name == page]
+
+    assert " ".join(sentence.split()) in " ".join(text_of(path).split())
 
 
 # ----------------------------------------------------------------------------------- the operator

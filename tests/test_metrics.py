@@ -90,7 +90,7 @@ def test_metrics_say_what_came_in_went_out_and_waits(tmp_path: Path) -> None:
 
 
 def test_dashboard_and_page_name_metrics_that_exist(tmp_path: Path) -> None:
-    """Every metric of the Grafana dashboard and of docs/delivery.md is one that is served."""
+    """Every metric of dashboard, alerts and docs/delivery.md is one that is served."""
     sink = Warehouse(tmp_path).make().sink()
     with closing(open_graph(f"sqlite:///{tmp_path}/graph.db")) as graph:
         deliverer = Deliverer(graph, [Destination(name="w", sink=sink)])
@@ -98,7 +98,10 @@ def test_dashboard_and_page_name_metrics_that_exist(tmp_path: Path) -> None:
             family.name
             for family in Metrics(graph, Worker(Recognizer(graph), [], None), deliverer).collect()
         }
-    named = set(re.findall(r"recognition_[a-z_]+", (DEPLOY / "grafana.json").read_text("utf-8")))
+    deployed = "".join(
+        (DEPLOY / name).read_text("utf-8") for name in ("grafana.json", "alerts.yaml")
+    )
+    named = set(re.findall(r"recognition_[a-z_]+", deployed))
     page = (DOCS / "delivery.md").read_text("utf-8")
     listed = page[page.index("| metric |") : page.index("Worth an alarm")]
     for first, more in re.findall(r"^\| (`recognition_\w+`)((?:, `_\w+`)*) \|", listed, re.M):
