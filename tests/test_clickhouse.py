@@ -563,7 +563,11 @@ def test_a_mutation_of_somebody_else_is_waited_for_and_named(opened: Opened) -> 
     assert not caught.value.written
     assert _failing(opened)
     assert opened.made() == []
+    # `recognition check` shows it.
+    [(mutation, failure)] = opened.sink().unfinished("events")
+    assert (mutation.startswith("mutation_"), bool(failure)) == (True, True)
     opened.client.command("KILL MUTATION WHERE database = 'test' SYNC")
+    assert opened.sink().unfinished("events") == opened.sink().unfinished("nowhere") == []
     assert opened.apply(owner(1, "u1", device("a1"))).rows_changed == 1
 
 

@@ -375,6 +375,36 @@ def test_original_row_that_comes_back_is_recognised_again(
     assert warehouse.users() == (expected(4) if again else expected(4) | {"m2-1": None})
 
 
+def test_rows_that_settle_and_rows_that_come_back_are_both_waited_for(
+    graph: Graph, tmp_path: Path
+) -> None:
+    """
+    A row on its way gets its user after `settle`, one that an old row overwrote after `again`.
+
+    What never comes is told once. A destination without `again` has nothing left to do by then.
+    """
+    warehouse = Warehouse(tmp_path).make()
+    events = journey(4)
+    never, late = "m1-0", "m3-1"
+    warehouse.put([each for each in events if each.message_id not in (never, late)])
+    Recognizer(graph, RULES).process(events)
+    deliverer = deliverer_of(
+        graph, Destination(name="w", sink=warehouse.sink(), settle=0.5, again=3.0)
+    )
+    served = deliverer.served["w"]
+    with delivering(deliverer):
+        wait_until(lambda: not graph.backlog("w").waiting)
+        warehouse.put([each for each in events if each.message_id == late])
+        wait_until(lambda: warehouse.users()[late])
+        wait_until(lambda: graph.backlog("w").held == 4)
+        warehouse.execute("UPDATE events SET user_id = NULL WHERE message_id = 'm2-1'")
+        wait_until(lambda: not graph.stats().pending_updates)
+
+    assert warehouse.users() == {m: u for m, u in expected(4).items() if m != never}
+    assert [(found.updates, found.rows) for found in served.unmatched.values()] == [(1, 1)]
+    assert (served.updates, served.reapplied) == (4, 6)
+
+
 # What goes wrong -------------------------------------------------------------------------------
 
 

@@ -37,9 +37,12 @@ STAGES: dict[str, set[str]] = {
     "receiver": {"errors", "events"},
     "kafka": _WAY_IN | _WAY_OUT,
     "config": _WAY_IN | {"delivery"},
-    "check": _WAY_IN | _WAY_OUT | {"config"},
+    "parts": _WAY_IN | _WAY_OUT | {"delivery", "worker", "bulker", "receiver", "kafka", "config"},
+    "check": _WAY_IN | _WAY_OUT | {"delivery", "receiver", "config", "parts"},
     "demo": set(),
-    "cli": _WAY_IN | _WAY_OUT | {"delivery", "worker", "metrics", "config", "check", "demo"},
+    "cli": _WAY_IN
+    | _WAY_OUT
+    | {"delivery", "worker", "metrics", "config", "parts", "check", "demo"},
     "__main__": {"cli"},
     "testing": _WAY_IN | _WAY_OUT | {"delivery"},
     "__init__": _WAY_IN | _WAY_OUT | {"delivery"},

@@ -14,7 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from recognition.delivery import Deliverer, Destination
 from recognition.errors import ConfigurationError
 from recognition.graph import open_graph
+from recognition.kafka import KafkaSource
 from recognition.metrics import Metrics
+from recognition.receiver import Receiver
 from recognition.recognizer import Recognizer
 from recognition.worker import Worker
 from test_delivery import RULES, Warehouse, delivering, journey, wait_until
@@ -94,10 +96,10 @@ def test_dashboard_and_page_name_metrics_that_exist(tmp_path: Path) -> None:
     sink = Warehouse(tmp_path).make().sink()
     with closing(open_graph(f"sqlite:///{tmp_path}/graph.db")) as graph:
         deliverer = Deliverer(graph, [Destination(name="w", sink=sink)])
-        served = {
-            family.name
-            for family in Metrics(graph, Worker(Recognizer(graph), [], None), deliverer).collect()
-        }
+        # Neither is run.
+        sources = [KafkaSource("nowhere:1", ["t"], "g"), Receiver(["an example key"])]
+        worker = Worker(Recognizer(graph), sources, None)
+        served = {family.name for family in Metrics(graph, worker, deliverer).collect()}
     deployed = "".join(
         (DEPLOY / name).read_text("utf-8") for name in ("grafana.json", "alerts.yaml")
     )
@@ -105,7 +107,9 @@ def test_dashboard_and_page_name_metrics_that_exist(tmp_path: Path) -> None:
     page = (DOCS / "delivery.md").read_text("utf-8")
     listed = page[page.index("| metric |") : page.index("Worth an alarm")]
     for first, more in re.findall(r"^\| (`recognition_\w+`)((?:, `_\w+`)*) \|", listed, re.M):
-        base = re.sub(r"(recognition_(?:delivered_|outbox_)?).*", r"\1", first.strip("`"))
+        base = re.sub(
+            r"(recognition_(?:delivered_|outbox_|kafka_|receiver_)?).*", r"\1", first.strip("`")
+        )
         named.add(first.strip("`"))
         named |= {base + name.strip("_") for name in re.findall(r"`_(\w+)`", more)}
     known = served | {

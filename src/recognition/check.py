@@ -8,13 +8,22 @@ is changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import errno
+import json
+import os
+import socket
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from importlib import import_module
+from pathlib import Path
 
+from recognition.attribution import DAY
 from recognition.config import Settings, hide_password
+from recognition.delivery import Channel
 from recognition.errors import ConfigurationError, RecognitionError
 from recognition.graph import Graph
 from recognition.messages import (
@@ -26,9 +35,10 @@ from recognition.messages import (
     UpdateByCriteria,
     decide_id,
 )
+from recognition.parts import Parts, open_kafka, read_keys
 from recognition.planner import plan_updates
 from recognition.rules import Rules, Supersede
-from recognition.sinks import Sink, open_sink
+from recognition.sinks import Sink
 
 #: An owner of this length has to fit: a UUID as text.
 _OWNER = "00000000-0000-4000-8000-recognition0"
@@ -60,44 +70,51 @@ class Finding:
     fix: str = ""
 
 
-def check(settings: Settings, rules: Rules, graph: Graph | None) -> Iterator[Finding]:
+def check(
+    settings: Settings, parts: Parts, graph: Graph | None, environ: Mapping[str, str]
+) -> Iterator[Finding]:
     """
     Look at everything that the settings name.
 
     Args:
         settings: What a worker would run with.
-        rules: What it would decide with.
+        parts: What they name.
         graph: ``None``: there is none yet.
+        environ: Where secrets are, usually ``os.environ``.
     """
-    named = {destination.name: destination.url for destination in settings.destinations}
-    if not named and settings.sink is not None:
-        named = {"default": settings.sink}
+    rules = parts.rules
     tables: set[str] = set()
     if graph is None:
         yield _note("graph", f"there is none yet at {hide_password(settings.graph)}")
     else:
         try:
-            yield from _check_graph(settings, rules, graph, set(named))
+            named = {target.name for target in parts.targets}
+            yield from _check_graph(settings, rules, graph, named)
             tables = graph.tables(rules.workspace)
         except RecognitionError as exc:
-            yield Finding(level=Level.WRONG, place="graph", text=str(exc))
-    if not named:
-        yield _note("destinations", "none is set: updates stay in the graph's outbox")
-    if not settings.worker.directories:
-        yield _note("worker", "no directory of events is set")
-    if settings.worker.metrics is None:
-        yield _note("worker", "metrics are served nowhere", 'metrics = "127.0.0.1:9464"')
-    if settings.retention_days is None:
-        yield _note("graph", "message references are kept for good", "retention_days = 400")
-    if named and not settings.delivery.settle_seconds:
-        yield _note("delivery", "settling is off: rows must come before their updates")
-    for name, url in named.items():
-        place = f"destination {name}"
+            yield _wrong("graph", str(exc))
+    for off in parts.off:
+        yield _note(off.place, off.text, off.fix)
+    yield from _check_sources(settings, environ)
+    yield from _check_rejects(settings)
+    for target in parts.targets:
+        place = f"destination {target.name}"
         try:
-            with closing(open_sink(url)) as sink:
-                yield from _check_sink(place, sink, rules, tables or {rules.layout.table})
+            with closing(target.open()) as sink:
+                if isinstance(sink, Channel):
+                    yield from _check_channel(place, sink)
+                else:
+                    yield from _check_sink(place, sink, rules, tables or {rules.layout.table})
         except RecognitionError as exc:
-            yield Finding(level=Level.WRONG, place=place, text=str(exc))
+            yield _wrong(place, str(exc))
+
+
+def _wrong(place: str, text: str, fix: str = "") -> Finding:
+    return Finding(level=Level.WRONG, place=place, text=text, fix=fix)
+
+
+def _fine(place: str, text: str) -> Finding:
+    return Finding(level=Level.FINE, place=place, text=text)
 
 
 def _note(place: str, text: str, fix: str = "") -> Finding:
@@ -110,7 +127,12 @@ def _check_graph(
     decided_with = graph.decided_with(rules.workspace)
     if decided_with is not None:
         rules.check_same(decided_with)
-    yield Finding(level=Level.FINE, place="graph", text="it answers, and was decided alike")
+    yield _fine("graph", "it answers, and was decided alike")
+    yield from _check_clock("graph", graph)
+    days = settings.retention_days
+    if days is not None:
+        reach = rules.attribution.lookback / DAY
+        yield _fine("graph", f"references are kept for {days} days, a claim reaches back {reach:g}")
     registered = graph.destinations()
     for name in sorted(registered.keys() - named):
         yield Finding(
@@ -141,13 +163,124 @@ def _check_graph(
             yield _note(place, "it is not filled yet with what the graph knew before it")
 
 
+def _check_clock(place: str, clocked: object) -> Iterator[Finding]:
+    clock = getattr(clocked, "clock", None)
+    now = None if clock is None else clock()
+    if now is None:
+        return
+    skew = abs(now - datetime.now(UTC))
+    if skew > _SKEW:
+        yield _wrong(
+            place,
+            f"its clock and that of this machine differ by {skew.total_seconds():.0f} s",
+            "timedatectl set-ntp true",
+        )
+
+
+# Where events come from -------------------------------------------------------------------------
+
+
+def _check_sources(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]:
+    worker = settings.worker
+    for name in worker.directories:
+        yield from _check_directory(Path(name))
+    if worker.kafka is not None:
+        try:
+            for found in open_kafka(settings, environ).look():
+                level = Level.WRONG if found.wrong else Level.FINE
+                yield Finding(level=level, place="worker.kafka", text=found.text, fix=found.fix)
+        except RecognitionError as exc:
+            yield _wrong("worker.kafka", str(exc))
+    if worker.http is not None:
+        try:
+            count = len(read_keys(worker.http.keys, environ))
+            yield _fine("worker.http", f"{count} write keys are let in")
+            import_module("recognition.receiver")
+        except RecognitionError as exc:
+            yield _wrong("worker.http", str(exc))
+        yield from _check_port("worker.http", worker.http.host, worker.http.port, "port = 8081")
+    if worker.metrics is not None:
+        host, _, port = worker.metrics.rpartition(":")
+        fix = 'metrics = "127.0.0.1:9465"'
+        yield from _check_port("worker.metrics", host, int(port), fix)
+
+
+def _check_directory(path: Path) -> Iterator[Finding]:
+    place = f"directory {path}"
+    if not path.is_dir():
+        yield _wrong(place, "it is not there", f"mkdir -p {path}")
+        return
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        yield _wrong(place, "files cannot be taken from it", f"chmod u+rwx {path}")
+        return
+    yield _fine(place, "files can be taken from it")
+    failed = path / "failed"
+    count = len(list(failed.iterdir())) if failed.is_dir() else 0
+    if count:
+        yield _wrong(place, f"{count:,} files could not be read", f"ls {failed}")
+
+
+def _check_port(place: str, host: str, port: int, fix: str) -> Iterator[Finding]:
+    """Whether it can be listened on; nothing is left behind."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as exc:
+        told = exc.strerror or type(exc).__name__
+        if exc.errno == errno.EADDRINUSE:
+            # A worker that runs is no fault; who it is, only `/healthz` or `/metrics` could tell.
+            yield _note(place, f"port {port}: {told}; that is right while a worker runs", fix)
+        else:
+            yield _wrong(place, f"{host} port {port} cannot be listened on: {told}", fix)
+        return
+    yield _fine(place, f"port {port} of {host} is free")
+
+
+def _check_rejects(settings: Settings) -> Iterator[Finding]:
+    path = Path(settings.worker.rejects)
+    place = f"rejects {path}"
+    beside = path if path.exists() else path.parent
+    if not os.access(beside, os.W_OK):
+        yield _wrong(place, "what cannot be read could not be kept there", f"chmod u+w {beside}")
+        return
+    if not path.exists():
+        return
+    reasons: Counter[str] = Counter()
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                reasons[str(json.loads(line)["reason"])] += 1
+            except (ValueError, KeyError, TypeError):
+                reasons["a line that is no reject"] += 1
+    if reasons:
+        told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(5))
+        yield _note(
+            place,
+            f"{reasons.total():,} events became none: {told}",
+            f"mv {path} {path}.seen  # when they were looked at",
+        )
+
+
+# Where updates go -------------------------------------------------------------------------------
+
+
+def _check_channel(place: str, channel: Channel) -> Iterator[Finding]:
+    look = getattr(channel, "look", None)
+    if look is None:
+        yield _note(place, "this channel cannot be looked at")
+        return
+    found = look()
+    level = Level.WRONG if found.wrong else Level.FINE
+    yield Finding(level=level, place=place, text=found.text, fix=found.fix)
+
+
 def _check_sink(place: str, sink: Sink, rules: Rules, tables: set[str]) -> Iterator[Finding]:
     for table in sorted(tables):
         at = f"{place}, table {table}"
         try:
             plan = plan_updates([_probe(rules, table)])
         except ConfigurationError as exc:
-            yield Finding(level=Level.WRONG, place=at, text=str(exc))
+            yield _wrong(at, str(exc))
             continue
         rehearse = getattr(sink, "rehearse", None)
         if rehearse is None:
@@ -157,27 +290,29 @@ def _check_sink(place: str, sink: Sink, rules: Rules, tables: set[str]) -> Itera
         rejected = rehearse(plan).rejected
         for _, error in rejected:
             # Its text ends in what would mend it, where that is one command.
-            yield Finding(level=Level.WRONG, place=at, text=str(error))
+            yield _wrong(at, str(error))
         if not rejected:
-            yield Finding(level=Level.FINE, place=at, text="an update was applied and undone")
+            yield _fine(at, "an update of the shape that is decided can be applied")
             column = rules.layout.columns_of(table).anonymous_id
-            if command := sink.missing_index(table, column):  # type: ignore[attr-defined]
-                yield Finding(
-                    level=Level.NOTE,
-                    place=at,
-                    text=f"no index begins with {column}: every window reads the whole table",
-                    fix=command,
+            missing_index = getattr(sink, "missing_index", None)
+            if missing_index is not None and (command := missing_index(table, column)):
+                yield _note(
+                    at,
+                    f"no index begins with {column}: every window reads the whole table",
+                    command,
                 )
-    clock = getattr(sink, "clock", None)
-    if clock is not None and (now := clock()) is not None:
-        skew = abs(now - datetime.now(UTC))
-        if skew > _SKEW:
+            for advice in getattr(sink, "advice", lambda step: ())(plan.steps[0]):
+                yield _note(at, advice)
+        for mutation, failure in getattr(sink, "unfinished", lambda table: ())(table):
+            why = f" and fails with {failure}" if failure else ""
+            level = Level.WRONG if failure else Level.NOTE
             yield Finding(
-                level=Level.WRONG,
-                place=place,
-                text=f"its clock and that of this machine differ by {skew.total_seconds():.0f} s",
-                fix="timedatectl set-ntp true",
+                level=level,
+                place=at,
+                text=f"the mutation {mutation} is not done{why}; updates wait for it",
+                fix=f"KILL MUTATION WHERE mutation_id = '{mutation}'" if failure else "",
             )
+    yield from _check_clock(place, sink)
 
 
 def _probe(rules: Rules, table: str) -> UpdateByCriteria:

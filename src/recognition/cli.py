@@ -35,14 +35,12 @@ from recognition.attribution import BEGINNING, DAY, END, Policy
 from recognition.config import (
     Settings,
     build_bots,
-    build_format,
-    build_rules,
     hide_password,
     hide_secrets,
     load_settings,
     render_reference,
 )
-from recognition.delivery import Deliverer, Destination, deliver
+from recognition.delivery import Deliverer, deliver
 from recognition.demo import generate_events
 from recognition.errors import (
     ConfigurationError,
@@ -56,14 +54,17 @@ from recognition.graph import Explanation, Graph, initialise_graph, open_graph
 from recognition.identity import ANONYMOUS
 from recognition.layouts import LAYOUTS, Row
 from recognition.messages import VERSION_COLUMN, UpdateByCriteria, json_schema, read_updates
+from recognition.parts import Parts, bound_times, open_sources, read_parts
 from recognition.planner import Plan, plan_updates
 from recognition.recognizer import Recognition, Recognizer
 from recognition.rules import Rules, Supersede
 from recognition.sinks import Applied, Sink, installed_schemes, open_sink
-from recognition.worker import Directory, Worker
+from recognition.worker import Worker
 
 if TYPE_CHECKING:
     from io import BufferedReader
+
+_log = logging.getLogger("recognition.cli")
 
 _DONE, _REJECTED, _WRONG, _FAILED = 0, 1, 2, 3
 _INTERRUPTED, _PIPE_CLOSED = 130, 141  # 128 + the signal's number, as shells have it
@@ -426,11 +427,11 @@ class _Way:
         self._settings = settings
         self._delivered = 0
         # What can be wrong is looked at before the graph is opened, which may make a file.
-        self._format = build_format(settings)
-        rules, bots = build_rules(settings, stamps=arguments.load), build_bots(settings)
+        parts = read_parts(settings, os.environ, stamps=arguments.load)
+        self._format, bots = parts.format, build_bots(settings)
         self.sink = _open_sink(settings, stack)
         self.graph = stack.enter_context(closing(open_graph()))
-        self.recognizer = Recognizer(self.graph, rules, bots=bots)
+        self.recognizer = Recognizer(self.graph, parts.rules, bots=bots, remembers=parts.remembers)
 
     @property
     def code(self) -> int:
@@ -683,7 +684,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 def _decided_rules(arguments: argparse.Namespace, settings: Settings, graph: Graph) -> Rules:
     """The rules that the graph was decided with, where the command line does not name others."""
-    rules = build_rules(settings, stamps=True)
+    rules = read_parts(settings, os.environ, stamps=True).rules
     decided_with = graph.decided_with(rules.workspace)
     if decided_with is None:
         return rules
@@ -739,52 +740,64 @@ def _undo(arguments: argparse.Namespace, undo: Callable[[Recognizer], int]) -> i
 
 def _worker(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
-    format, bots = build_format(settings), build_bots(settings)
-    rules = build_rules(settings, stamps=False)
+    parts, bots = read_parts(settings, os.environ), build_bots(settings)
     stop = threading.Event()
     with ExitStack() as stack:
         stack.enter_context(_logs_on_stderr(arguments))
+        for off in parts.off:
+            _log.info("%s: %s%s", off.place, off.text, f" ({off.fix})" if off.fix else "")
         graph = stack.enter_context(closing(open_graph(settings.graph)))
         rejects = stack.enter_context(RejectsFile(settings.worker.rejects, append=True))
-        deliverer = _build_deliverer(settings, graph, rules, stack)
+        deliverer = _build_deliverer(settings, parts, graph, stack)
         worker = Worker(
-            Recognizer(graph, rules, bots=bots),
+            Recognizer(graph, parts.rules, bots=bots, remembers=parts.remembers),
             [],
             deliverer,
-            format=format,
+            format=(format := bound_times(parts.format, settings)),
             batch_size=settings.batch_size,
             rejects=rejects,
             expire=_expiry(settings, graph),
         )
-        directories = arguments.directory or [Path(d) for d in settings.worker.directories]
-        worker.sources += [
-            Directory(
-                directory,
-                format=format,
-                rejects=worker.reject,
-                batch_size=settings.batch_size,
-                once=arguments.once,
-            )
-            for directory in directories
-        ]
-        if not worker.sources:
-            _say(arguments, "no source of events is set: updates that wait are delivered, no more")
-        if deliverer is None:
-            _say(arguments, "no destination is set: updates stay in the graph's outbox")
         address = arguments.metrics or settings.worker.metrics
+        metrics = None
         if address is not None:
             from recognition.metrics import Metrics
 
-            server = Metrics(graph, worker, deliverer).serve(address)
+            metrics = Metrics(graph, worker, deliverer)
+            server = metrics.serve(address)
             stack.callback(server.server_close)
             stack.callback(server.shutdown)
+        worker.sources += open_sources(
+            settings,
+            os.environ,
+            worker,
+            graph,
+            format=format,
+            directories=arguments.directory or [Path(d) for d in settings.worker.directories],
+            once=arguments.once,
+            metrics=None if metrics is None else metrics.render,
+        )
+        if not worker.sources:
+            _say(arguments, "no source of events is set: updates that wait are delivered, no more")
+        if arguments.once and (settings.worker.kafka or settings.worker.http):
+            _say(arguments, "Kafka and HTTP have no end: with --once they are left alone")
+        if deliverer is None:
+            _say(arguments, "no destination is set: updates stay in the graph's outbox")
         with _stopped_by_signals(stop):
             worker.run(stop, once=arguments.once)
         served = {} if deliverer is None else deliverer.served
         unfilled = [name for name, filled in graph.destinations().items() if not filled]
         pending = sum(graph.backlog(name).waiting for name in served)
+    letters = sum(
+        value
+        for source in worker.sources
+        for name, *_, values in getattr(source, "measures", list)()
+        if name == "kafka_dead"
+        for value in values.values()
+    )
     result: dict[str, object] = {
         **asdict(worker.taken),
+        "dead_letters": letters,
         "updates_applied": sum(one.updates for one in served.values()),
         "updates_held": sum(one.held for one in served.values()),
         "updates_rejected": sum(one.dead for one in served.values()),
@@ -808,34 +821,26 @@ def _worker(arguments: argparse.Namespace) -> int:
         _say(arguments, f"{name} is not filled yet with what the graph knew before it")
     if failing and arguments.once:
         return _FAILED
-    return _REJECTED if worker.taken.rejected or result["updates_rejected"] else _DONE
+    refused = worker.taken.rejected or letters or result["updates_rejected"]
+    return _REJECTED if refused else _DONE
 
 
 def _build_deliverer(
-    settings: Settings, graph: Graph, rules: Rules, stack: ExitStack
+    settings: Settings, parts: Parts, graph: Graph, stack: ExitStack
 ) -> Deliverer | None:
     """What serves the destinations of the settings; their sinks are closed by the stack."""
-    named = {destination.name: destination.url for destination in settings.destinations}
-    if not named and settings.sink is not None:
-        named = {"default": settings.sink}
-    if not named:
+    destinations = []
+    for destination in parts.destinations(settings):
+        stack.enter_context(closing(destination.sink))
+        destinations.append(destination)
+    if not destinations:
         return None
-    given = settings.delivery
     return Deliverer(
         graph,
-        [
-            Destination(
-                name=name,
-                sink=stack.enter_context(closing(open_sink(url))),
-                window=given.window,
-                settle=given.settle_seconds,
-                reapply_all=given.reapply == "all",
-            )
-            for name, url in named.items()
-        ],
-        rules=rules,
-        every=given.every_seconds,
-        patience=given.patience_hours * 3600,
+        destinations,
+        rules=parts.rules,
+        every=settings.delivery.every_seconds,
+        patience=settings.delivery.patience_hours * 3600,
     )
 
 
@@ -941,12 +946,12 @@ def _check(arguments: argparse.Namespace) -> int:
     from recognition.check import Level, check
 
     settings = _settings(arguments)
-    rules = build_rules(settings, stamps=False)
+    parts = read_parts(settings, os.environ)
     with ExitStack() as stack:
         graph = _open_existing(settings.graph)
         if graph is not None:
             stack.enter_context(closing(graph))
-        findings = list(check(settings, rules, graph))
+        findings = list(check(settings, parts, graph, os.environ))
     if arguments.json:
         _print_json([asdict(finding) for finding in findings])
     else:
@@ -1166,6 +1171,7 @@ def _config(arguments: argparse.Namespace) -> int:
         settings[key] = settings[key] and hide_password(settings[key])
     for destination in settings["destinations"]:
         destination["url"] = hide_password(destination["url"])
+        destination["options"] = hide_secrets(destination["options"])
     settings["sink_options"] = hide_secrets(settings["sink_options"])
     if arguments.json:
         _print_json(settings)

@@ -58,7 +58,28 @@ def _long_enough(key: SecretStr | None) -> SecretStr | None:
     return key
 
 
+def _elsewhere(place: str) -> str:
+    if not re.fullmatch(r"(env|file):.+", place):
+        raise ValueError("a secret is not written here: say env:NAME or file:PATH")
+    return place
+
+
 Words = Annotated[tuple[str, ...], BeforeValidator(_split)]
+
+#: Where a secret is: a variable of the environment, or a file.
+Place = Annotated[str, AfterValidator(_elsewhere)]
+
+#: Options of librdkafka that hold a secret themselves.
+_SECRET_OPTION = re.compile(r"password|secret|\.pem$|oauthbearer\.config")
+
+
+def _refuse_secrets(options: dict[str, Any]) -> dict[str, Any]:
+    for name in options:
+        if _SECRET_OPTION.search(name):
+            raise ValueError(
+                f'{name} is a secret and is not written here: secrets = {{"{name}" = "env:NAME"}}'
+            )
+    return options
 
 
 class _Table(BaseModel):
@@ -144,7 +165,27 @@ class DestinationTable(_Table):
     name: Annotated[str, Field(pattern=r"[a-z0-9_][a-z0-9_-]{0,62}")]
     """By it the graph remembers what was done. Another name is another destination."""
     url: Annotated[str, Field(repr=False)]
-    """The URL of its sink."""
+    """The URL of its sink; `kafka://host:9092/topic` hands the updates on to a topic as they are
+    (several hosts with commas)."""
+    options: Annotated[dict[str, Any], Field(repr=False)] = {}
+    """What else the sink is told, as `sink_options`; of a topic: librdkafka's options."""
+    secrets: dict[str, Place] = {}
+    """Options that are secret, by name: where each of them is, `env:NAME` or `file:PATH`."""
+    settle_seconds: Annotated[float, Field(ge=0, le=30 * 86_400)] | None = None
+    """Instead of that of `[delivery]`."""
+
+
+class BulkerTable(_Table):
+    """`[bulker]`: destinations that Bulker knows already, as its own configuration has them."""
+
+    source: str
+    """Where Bulker's configuration is, written as in its `BULKER_CONFIG_SOURCE`: a YAML file (with
+    `file://` or without), or `env://BULKER_DESTINATION` for the variables that begin so."""
+    destinations: Words = ()
+    """The ids of those that are brought up to date; none: all that it has."""
+    skip_unsupported: bool = False
+    """Whether destinations of which nothing can be updated (files, webhooks) are left out; else
+    they are an error that lists them."""
 
 
 class DeliveryTable(_Table):
@@ -159,9 +200,61 @@ class DeliveryTable(_Table):
     twice the batch period of the pipeline. 0: never, where rows and updates come in one order."""
     reapply: Literal["unmatched", "all"] = "unmatched"
     """Which updates are applied again after that: those whose expected rows were not all found, or
-    all of them, for a pipeline that may write an old row again after hours."""
+    all of them."""
+    again_hours: Annotated[float, Field(ge=0, le=30 * 24)] | None = None
+    """Until so long after its decision an update is kept, and then applied once more, for a
+    pipeline that may write an old row again after hours. 0: never. Unset: 38, an hour longer than
+    Bulker tries, where `[bulker]` has `deduplicate`; else 0."""
     patience_hours: Annotated[float, Field(ge=0)] = 24.0
     """How long an update waits for a table or column that is missing before it is given up."""
+
+
+class KafkaTable(_Table):
+    """`[worker.kafka]`: topics that events are taken from."""
+
+    servers: Annotated[str, Field(min_length=1)]
+    """The brokers that are asked first: `host:port`, several with commas."""
+    topics: Annotated[Words, Field(min_length=1)]
+    """Their names; one that begins with `^` is a regular expression."""
+    group: Annotated[str, Field(min_length=1)] = "recognition"
+    """The consumer group. All workers of one graph share it."""
+    inside: str | None = None
+    """The key under which a message holds its event: `httpPayload` in Jitsu's topic
+    `destination-messages`. Unset: the message is the event."""
+    dead_letters: str | None = None
+    """The topic for messages that cannot be read; it must exist. Unset: they go to `rejects`."""
+    batch_size: Annotated[int, Field(ge=1, le=100_000)] = 1_000
+    """How many messages are handed over at once, at most."""
+    linger_seconds: Annotated[float, Field(ge=0.01, le=60)] = 0.5
+    """How long a batch gathers."""
+    options: Annotated[
+        dict[str, str | int | float | bool], Field(repr=False), AfterValidator(_refuse_secrets)
+    ] = {}
+    """Options of librdkafka, such as `security.protocol`, `sasl.mechanism` and `sasl.username`."""
+    secrets: dict[str, Place] = {}
+    """Its options that are secret, such as `sasl.password`: where each of them is, `env:NAME` or
+    `file:PATH`."""
+
+
+class HttpTable(_Table):
+    """`[worker.http]`: a port that the SDKs of Segment, RudderStack and Jitsu post events to."""
+
+    keys: Place
+    """Where the write keys that are let in are, `env:NAME` or `file:PATH`: words with blanks,
+    commas or line ends between them."""
+    host: str = "127.0.0.1"
+    """The address to listen on. It speaks no TLS: anything but loopback belongs behind a proxy."""
+    port: Annotated[int, Field(ge=1, le=65_535)] = 8080
+    """The port."""
+    origins: Words = ()
+    """Web pages (`https://shop.example`) whose scripts may post; `*`: all. None: browsers may post
+    from the receiver's own origin only."""
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 5 * 1024 * 1024
+    """The largest body, packed and unpacked; larger ones are refused with 413."""
+    max_waiting_bytes: Annotated[int, Field(ge=1024)] = 32 * 1024 * 1024
+    """How much may wait to be durable, unpacked; beyond it requests are refused with 429."""
+    patience_seconds: Annotated[float, Field(gt=0, le=600)] = 10.0
+    """How long a request waits for its events to be durable; then it is answered with 503."""
 
 
 class WorkerTable(_Table):
@@ -169,8 +262,17 @@ class WorkerTable(_Table):
 
     directories: Words = ()
     """Directories of event files; a file that was taken goes to `done` inside."""
+    kafka: KafkaTable | None = None
+    """Topics that events are taken from, a table `[worker.kafka]`; unset: none."""
+    http: HttpTable | None = None
+    """A port that events are posted to, a table `[worker.http]`; unset: none is opened."""
     rejects: str = "rejects.ndjson"
     """The file to which is added what could not be read as an event. It holds personal data."""
+    future_hours: Annotated[float, Field(ge=0)] = 24.0
+    """An event whose time lies further ahead is rejected, because its device's clock is wrong and
+    its claim would stand above all that come. 0: none is."""
+    past_days: Annotated[float, Field(ge=0)] = 3650.0
+    """An event whose time lies further back is rejected. 0: none is."""
     metrics: Annotated[str | None, Field(pattern=r".+:\d+")] = None
     """Where metrics are served to Prometheus, for example `127.0.0.1:9464`; unset: nowhere."""
 
@@ -185,8 +287,11 @@ class Settings(_Table):
     sink: Annotated[str | None, Field(repr=False)] = None
     """The URL of the sink. Without one, updates stay in the graph's outbox."""
     destinations: tuple[DestinationTable, ...] = ()
-    """The destinations of `recognition worker`; where none is given, it is the sink alone, by the
-    name `default`."""
+    """The destinations of `recognition worker`; where none is given, and no `[bulker]`, it is the
+    sink alone, by the name `default`."""
+    bulker: BulkerTable | None = None
+    """Destinations that are read from Bulker's configuration, a table `[bulker]`, with their
+    layout, key, time column and look-back. What is set here beside it stands above it."""
     delivery: DeliveryTable = DeliveryTable()
     """How they are served."""
     worker: WorkerTable = WorkerTable()
@@ -473,9 +578,9 @@ def build_format(settings: Settings) -> Format | Mapping[str, Format]:
         ConfigurationError: A format is unknown, or a path is none.
     """
     if settings.format is None:
-        return {label: _identifying(form, settings) for label, form in FORMATS.items()}
+        return {label: with_identifiers(form, settings) for label, form in FORMATS.items()}
     if isinstance(settings.format, str):
-        return _identifying(_format_named(settings.format), settings)
+        return with_identifiers(_format_named(settings.format), settings)
     table = settings.format
     paths = {key: parse_paths(given) for key, given in table.model_dump(exclude={"base"}).items()}
     user_id = paths.pop("user_id")
@@ -488,10 +593,11 @@ def build_format(settings: Settings) -> Format | Mapping[str, Format]:
         form = replace(base, known=known, **changed)
     else:
         form = Format(label="configured", known=known, **{"message_id": (), "time": (), **changed})
-    return _identifying(form, settings)
+    return with_identifiers(form, settings)
 
 
-def _identifying(form: Format, settings: Settings) -> Format:
+def with_identifiers(form: Format, settings: Settings) -> Format:
+    """The format, in which the `[[identifiers]]` of the settings are found too."""
     for identifier in settings.identifiers:
         if identifier.paths:
             form = form.with_known({identifier.type: identifier.paths})
@@ -523,6 +629,30 @@ def build_bots(settings: Settings) -> re.Pattern[str] | None:
         raise ConfigurationError(f"bots is not a regular expression: {exc}") from exc
 
 
+def read_secret(place: str, environ: Mapping[str, str]) -> str:
+    """
+    What stands at the place, without white space around it.
+
+    Args:
+        place: ``env:NAME`` or ``file:PATH``.
+        environ: Usually ``os.environ``.
+
+    Raises:
+        ConfigurationError: There is nothing; the text names the place.
+    """
+    kind, _, name = place.partition(":")
+    try:
+        found = environ[name] if kind == "env" else Path(name).read_text(encoding="utf-8")
+    except KeyError:
+        raise ConfigurationError(f"{place}: there is no such variable") from None
+    except (OSError, UnicodeDecodeError) as exc:
+        told = getattr(exc, "strerror", None) or "it is not UTF-8"
+        raise ConfigurationError(f"{place} cannot be read: {told}") from None
+    if not found.strip():
+        raise ConfigurationError(f"{place} is empty")
+    return found.strip()
+
+
 def hide_password(url: str) -> str:
     """The URL as it may be shown: without its password, and without secrets in its query."""
     url = re.sub(r"(//[^/@:]*):.*@", r"\1:***@", url)
@@ -546,8 +676,11 @@ def render_reference() -> str:
     parts = [_render_table("Settings", Settings)]
     for title, table in (
         ("`[[destinations]]`", DestinationTable),
+        ("`[bulker]`", BulkerTable),
         ("`[delivery]`", DeliveryTable),
         ("`[worker]`", WorkerTable),
+        ("`[worker.kafka]`", KafkaTable),
+        ("`[worker.http]`", HttpTable),
         ("`[[identifiers]]`", IdentifierTable),
         ("`[format]`", FormatTable),
         ("`[layout]`", LayoutTable),
@@ -569,7 +702,7 @@ def _render_table(title: str, model: type[BaseModel]) -> str:
             for name in ("ge", "le")
         )
         if high is not None:
-            meaning += f" From {low:,} to {high:,}."
+            meaning += f" At most {high:,}." if low is None else f" From {low:,} to {high:,}."
         elif low:
             meaning += f" At least {low:,}."
         lines.append(f"| `{key}` | {render_default(field)} | {meaning} |")

@@ -20,6 +20,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Protocol, runtime_checkable
 
 from recognition.errors import (
     ConfigurationError,
@@ -123,26 +124,46 @@ def deliver(
     return total
 
 
+@runtime_checkable
+class Channel(Protocol):
+    """Where updates are handed on as they are, for others to apply: a topic."""
+
+    def send(self, updates: Sequence[UpdateByCriteria]) -> None:
+        """
+        Hand them on, in their order; they are durable there when this returns.
+
+        Raises:
+            SinkError: It failed; some may be there. The same again does no harm.
+        """
+
+    def close(self) -> None:
+        """Give back what is held open; the second time nothing happens."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Destination:
     """
-    A sink with a name, and how it is served.
+    A sink or a channel with a name, and how it is served.
 
     Args:
         name: By it the outbox knows what was done; whoever gives the sink another one starts anew.
-        sink: Used by one thread at a time.
+        sink: Used by one thread at a time. What a channel was given is done, and with
+            ``reapply_all`` it is given once more after ``settle``: no rows are counted there.
         window: How many updates are coalesced into one plan, at most.
         settle: After how many seconds an update is applied again, because a row that it is about
             may have been on its way; 0: never, for a channel that brings rows and updates in order.
-        reapply_all: Also those updates whose expected rows were found at once: for a pipeline that
-            may write an old row again, hours later (``settle`` is longer than its last retry).
+        reapply_all: Also those updates whose expected rows were found at once.
+        again: Until so many seconds after its decision an update is kept, and then applied once
+            more, whatever was found before: for a pipeline that may write an old row again, hours
+            later. It is longer than the pipeline's last retry. 0: never.
     """
 
     name: str
-    sink: Sink
+    sink: Sink | Channel
     window: int = 10_000
     settle: float = 600.0
     reapply_all: bool = False
+    again: float = 0.0
 
 
 #: In seconds, see `Served`.
@@ -407,8 +428,7 @@ class _Line:
             self._flying = [item.position for item in leased]
             self._began = time.monotonic()
         try:
-            plan = plan_updates([item.update for item in leased])
-            applied = self._apply(plan)
+            plan, applied = self._apply([item.update for item in leased])
         except Exception as exc:
             self._land()
             if getattr(exc, "retryable", False):
@@ -427,12 +447,17 @@ class _Line:
         with self._lock:
             self._flying = []
 
-    def _apply(self, plan: Plan) -> Applied:
+    def _apply(self, updates: Sequence[UpdateByCriteria]) -> tuple[Plan, Applied]:
         started = time.monotonic()
-        name = self.destination.name
+        name, sink = self.destination.name, self.destination.sink
         try:
-            with span("recognition.apply", destination=name, updates=len(plan.updates)) as told:
-                applied = self.destination.sink.apply(plan)
+            with span("recognition.apply", destination=name, updates=len(updates)) as told:
+                if isinstance(sink, Channel):
+                    sink.send(updates)
+                    plan, applied = Plan(steps=(), updates=tuple(u.id for u in updates)), Applied()
+                else:
+                    plan = plan_updates(updates)
+                    applied = sink.apply(plan)
                 told["rows_matched"] = applied.rows_matched
                 told["rows_changed"] = applied.rows_changed
                 told["statements"] = applied.statements
@@ -444,7 +469,7 @@ class _Line:
         self.served.last_applied = datetime.now(UTC)
         if self._of._watch is not None:
             self._of._watch(self.destination.name, plan, applied)
-        return applied
+        return plan, applied
 
     def _return(self, leased: Sequence[Delivery], exc: Exception) -> None:
         self._graph.return_updates(
@@ -490,10 +515,12 @@ class _Line:
         """Every update of the window is done, held, put off or dead."""
         refused: dict[str, RecognitionError] = {**dict(plan.rejected), **dict(applied.rejected)}
         destination = self.destination
-        counted = destination.sink.capabilities.counts_per_update
+        sink = destination.sink
+        counted = isinstance(sink, Channel) or sink.capabilities.counts_per_update
         missing = _find_unmatched(leased, plan, applied, counted=counted)
         done: list[Delivery] = []
         held: list[int] = []
+        kept: list[int] = []
         dead: list[tuple[Delivery, str]] = []
         put_off: dict[int, list[int]] = {}
         now = datetime.now(UTC)
@@ -509,15 +536,22 @@ class _Line:
                     self.served.last_error = str(error)
             elif error is not None:
                 dead.append((item, str(error)))
-            elif item.applied or not destination.settle:
-                done.append(item)
-                self.served.reapplied += item.applied
-                if destination.settle and (rows := missing.get(update.id)):
-                    self._report(update, rows)
-            elif destination.reapply_all or update.id in missing:
+            elif (
+                destination.settle
+                and not item.applied
+                and (destination.reapply_all or update.id in missing)
+            ):
                 held.append(item.position)
             else:
-                done.append(item)
+                self.served.reapplied += item.applied
+                settled = item.applied and destination.settle
+                if (now - update.created_at).total_seconds() < destination.again:
+                    kept.append(item.position)
+                else:
+                    done.append(item)
+                    settled = settled and not destination.again  # else it was told before
+                if settled and (rows := missing.get(update.id)):
+                    self._report(update, rows)
         for item in leased:
             if not item.applied and item.update.id not in refused:
                 lag = max(0.0, (now - item.update.created_at).total_seconds())
@@ -527,13 +561,15 @@ class _Line:
             self._hold(positions, _delay(attempts, self._of._pauses[1]), applied=False)
         if held:
             self._hold(held, destination.settle, applied=True)
+        if kept:
+            self._hold(kept, destination.again, applied=True)
         self._bury(dead)
         if done:
             self._graph.acknowledge([item.position for item in done], destination.name)
         for item in done:
             self._refused.pop(item.position, None)
         self.served.updates += len(done)
-        self.served.held += len(held)
+        self.served.held += len(held) + len(kept)
         self.served.postponed += sum(map(len, put_off.values()))
         _log.info(
             "%s: window of %d updates: %d done, %d held, %d put off, %d dead; %d rows matched,"
@@ -541,7 +577,7 @@ class _Line:
             destination.name,
             len(leased),
             len(done),
-            len(held),
+            len(held) + len(kept),
             sum(map(len, put_off.values())),
             len(dead),
             applied.rows_matched,
@@ -571,8 +607,7 @@ class _Line:
         for updates in self._graph.restate(self._of._rules):
             if stop.is_set():
                 return  # from the beginning, the next time
-            plan = plan_updates(updates)
-            applied = self._apply(plan)
+            plan, applied = self._apply(updates)
             refused = [*plan.rejected, *applied.rejected]
             self.served.filled += len(updates) - len(refused)
             if refused:

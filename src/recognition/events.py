@@ -23,6 +23,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
+from time import time_ns
 from typing import IO, Any, Literal, NamedTuple, NoReturn, Self, TypeAlias, cast
 
 from recognition.errors import ConfigurationError, EventError, InputError
@@ -143,6 +144,8 @@ class _Plan(NamedTuple):
     name: _Places
     table: _Places
     user_agent: _Places
+    ahead: int | None
+    behind: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +177,10 @@ class Format:
     user_agent: Paths = ()
     #: Where set, a path is also looked for flattened: ``user.id`` as ``user_id`` for "_".
     separator: str | None = None
+    #: How far ahead of and behind the clock of this machine the time of an event may lie, in
+    #: microseconds; an event beyond is refused. None: any time is taken.
+    ahead: int | None = None
+    behind: int | None = None
     _plan: _Plan = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -278,6 +285,8 @@ def _make_plan(form: Format) -> _Plan:
         table=find_places(form.table),
         user_agent=find_places(form.user_agent),
         objects=tuple(objects),
+        ahead=form.ahead,
+        behind=form.behind,
     )
 
 
@@ -407,7 +416,8 @@ def parse_event(body: object, format: Format | Mapping[str, Format] | None = Non
 
     Raises:
         EventError: The body is no object; it has no message id, time or type; the time cannot be
-            read or is out of range; an id is an object or a list, too long, or cannot be stored.
+            read, is out of range, or lies further away than the format takes; an id is an object
+            or a list, too long, or cannot be stored.
             The text is short, the same for the same fault, and holds no value.
     """
     if not isinstance(body, dict):
@@ -457,9 +467,16 @@ def parse_event(body: object, format: Format | Mapping[str, Format] | None = Non
         if objects[index]:
             _take_traits(objects[index], prefix, others, traits)
 
+    time = parse_time(time)
+    if plan.ahead is not None or plan.behind is not None:
+        now = time_ns() // 1_000
+        if plan.ahead is not None and time > now + plan.ahead:
+            raise EventError("the time lies too far ahead")
+        if plan.behind is not None and time < now - plan.behind:
+            raise EventError("the time lies too far back")
     return Event(
         message_id=message_id,
-        time=parse_time(time),
+        time=time,
         type=kind,
         anonymous_id=_find_id(objects, plan.anonymous_id, "anonymous_id"),
         known=tuple(known),

@@ -23,7 +23,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -35,9 +35,10 @@ from recognition.errors import (
     OutcomeUnknownError,
     RecognitionError,
     SinkError,
+    SinkUnavailableError,
     SourceError,
 )
-from recognition.events import Event, Format, expand_batch, parse_event
+from recognition.events import Event, Format, Reject, expand_batch, parse_event
 from recognition.graph import Graph
 from recognition.messages import Equals, UpdateByCriteria, parse_update
 from recognition.planner import plan_updates
@@ -55,6 +56,9 @@ _log = logging.getLogger("recognition.kafka")
 
 #: Returns when a batch of events is durable in the graph; see `recognition.worker.Source`.
 Take: TypeAlias = Callable[[Sequence[Event]], None]
+
+#: One of the numbers of a source; see `recognition.metrics.Measure`.
+Measure: TypeAlias = tuple[str, str, str, tuple[str, ...], Mapping[tuple[str, ...], float]]
 
 Options: TypeAlias = Mapping[str, str | int | float | bool]
 
@@ -96,10 +100,48 @@ class Counts:
     dead: Counter[str] = field(default_factory=Counter)
     #: Messages without a value, as they delete what a compacted topic holds: nothing is done.
     empty: int = 0
+    #: Bytes of the values of messages that are done with.
+    bytes: int = 0
     #: How often a batch was offered again.
     retries: int = 0
     #: How often partitions were given to this consumer, or taken from it.
     rebalances: int = 0
+    #: By topic and partition, how many messages were not done with when the last batch was; of the
+    #: partitions that this consumer has.
+    behind: dict[tuple[str, int], int] = field(default_factory=dict)
+
+    def measures(self) -> Iterator[Measure]:
+        """The same for metrics: name, kind, meaning, names of labels, numbers by labels."""
+        for name, help in (
+            ("messages", "Messages of Kafka that are done with."),
+            ("empty", "Messages of Kafka without a value."),
+            ("bytes", "Bytes of messages of Kafka that are done with."),
+            ("retries", "How often a batch of Kafka was offered again."),
+            ("rebalances", "How often partitions of Kafka were given or taken away."),
+        ):
+            yield f"kafka_{name}", "counter", help, (), {(): getattr(self, name)}
+        yield (
+            "kafka_dead",
+            "counter",
+            "Messages of Kafka that cannot be read, by reason.",
+            ("reason",),
+            {(reason,): count for reason, count in list(self.dead.items())},
+        )
+        yield (
+            "kafka_behind",
+            "gauge",
+            "Messages of Kafka that were not done with at the last batch.",
+            ("topic", "partition"),
+            {(topic, str(number)): n for (topic, number), n in list(self.behind.items())},
+        )
+
+
+class Found(NamedTuple):
+    """What `KafkaSource.look` has to say: whether it is wrong, what it is, the line that mends."""
+
+    wrong: bool
+    text: str
+    fix: str = ""
 
 
 class _Dead(NamedTuple):
@@ -124,6 +166,7 @@ class _Topics:
         linger: float,
         pauses: tuple[float, float],
         options: Options | None,
+        rejects: Callable[[Reject], object] | None = None,
     ) -> None:
         if not topics or not all(topics) or not group:
             raise ConfigurationError("a consumer needs at least one topic, and a group")
@@ -145,6 +188,8 @@ class _Topics:
             "error_cb": self._note,
         }
         self._topics = list(topics)
+        self._rejects = rejects
+        self._letters = dead_letters
         self._batch_size = batch_size
         self._linger = linger
         self._pauses = pauses
@@ -184,6 +229,72 @@ class _Topics:
                     messages = more
         finally:
             consumer.close()
+
+    def look(self, seconds: float) -> list[Found]:
+        """See `KafkaSource.look`."""
+        self._refused = None
+        consumer = _open(ck.Consumer, self._config)
+        try:
+            known = consumer.list_topics(timeout=seconds).topics
+            found: list[Found] = []
+            for asked in self._topics:
+                names = [asked]
+                if asked.startswith("^"):
+                    names = sorted(name for name in known if re.match(asked, name))
+                    if not names:
+                        found.append(Found(False, f"no topic matches {asked} yet"))
+                for name in names:
+                    found.append(self._look_at(consumer, known, name, seconds))
+            if self._letters is not None:
+                found.append(self._look_at_letters(consumer, known, self._letters, seconds))
+            return found
+        except ck.KafkaException as exc:
+            consumer.poll(0)  # what was told of the whole client, a refusal for example
+            raise _to_error(self._refused or exc.args[0]) from exc
+        finally:
+            consumer.close()
+
+    def _look_at(self, consumer: Any, known: Mapping[str, Any], name: str, wait: float) -> Found:
+        if (missing := self._missing(known, name)) is not None:
+            return missing
+        places = [ck.TopicPartition(name, number) for number in known[name].partitions]
+        waiting = lost = 0
+        for place in consumer.committed(places, timeout=wait):
+            low, high = _bounds(consumer, place, wait)
+            if place.offset >= 0:
+                lost += max(0, low - place.offset)
+            waiting += high - max(low, place.offset)
+        if lost:
+            return Found(
+                True,
+                f"topic {name}: {lost:,} messages were deleted before the group had read them",
+                f"kafka-configs.sh --bootstrap-server {self._config['bootstrap.servers']} --alter"
+                f" --entity-type topics --entity-name {name} --add-config retention.ms=604800000",
+            )
+        return Found(False, f"topic {name}: {len(places)} partitions, {waiting:,} messages wait")
+
+    def _look_at_letters(
+        self, consumer: Any, known: Mapping[str, Any], name: str, wait: float
+    ) -> Found:
+        if (missing := self._missing(known, name)) is not None:
+            return missing
+        count = 0
+        for number in known[name].partitions:
+            place = ck.TopicPartition(name, number)
+            low, high = _bounds(consumer, place, wait)
+            count += high - low
+        return Found(False, f"topic {name}: {count:,} dead letters")
+
+    def _missing(self, known: Mapping[str, Any], name: str) -> Found | None:
+        if name in known and known[name].error is None:
+            return None
+        told = known[name].error.name() if name in known else "it is not there"
+        return Found(
+            True,
+            f"topic {name}: {told}",
+            f"kafka-topics.sh --bootstrap-server {self._config['bootstrap.servers']} --create"
+            f" --topic {name} --partitions 8",
+        )
 
     def _consume(self, consumer: Any, count: int, seconds: float) -> list[Any]:
         """Messages that hold something; what is wrong with the cluster is raised."""
@@ -239,20 +350,34 @@ class _Topics:
         for message in messages:
             ends[message.topic(), message.partition()] = message.offset() + 1
         for (topic, partition), offset in ends.items():
+            place = ck.TopicPartition(topic, partition, offset)
             try:
-                consumer.store_offsets(offsets=[ck.TopicPartition(topic, partition, offset)])
+                consumer.store_offsets(offsets=[place])
+                # As the last fetch told it; nobody is asked.
+                _, high = consumer.get_watermark_offsets(place, cached=True)
+                self.counts.behind[topic, partition] = max(0, high - offset)
             except ck.KafkaException as exc:
                 if exc.args[0].code() != ck.KafkaError._STATE:
                     raise _to_error(exc.args[0]) from exc
                 # Taken away meanwhile: whoever has it now reads these again.
         self.counts.empty += sum(each.value() is None for each in messages)
         self.counts.messages += len(messages)
+        self.counts.bytes += sum(len(each.value() or b"") for each in messages)
         return later
 
     def _bury(self, dead: Sequence[_Dead]) -> None:
         if self._dead is not None and dead:
             self._dead.write([_to_letter(each.message, each.reason) for each in dead])
         for each in dead:
+            if self._dead is None and self._rejects is not None:
+                self._rejects(
+                    Reject(
+                        source=f"{each.message.topic()}[{each.message.partition()}]",
+                        line=each.message.offset(),
+                        reason=each.kind,
+                        raw=each.message.value(),
+                    )
+                )
             self.counts.dead[each.kind] += 1
             _log.warning(
                 "%s [%d] offset %d is a dead letter: %s",
@@ -269,6 +394,8 @@ class _Topics:
 
     def _revoked(self, _: object, partitions: Sequence[Any]) -> None:
         self.counts.rebalances += 1
+        for each in partitions:
+            self.counts.behind.pop((each.topic, each.partition), None)
         _log.info("%d partitions were taken away", len(partitions))
 
     def _note(self, error: Any) -> None:
@@ -301,11 +428,13 @@ class KafkaSource:
         inside: The key under which a message holds its event: ``httpPayload`` in Jitsu's topic
             ``destination-messages``. ``None``: the message is the event.
         dead_letters: The topic for what cannot be read. It must exist, or be made by the broker.
-            ``None``: it is counted and logged with its offset.
+            ``None``: it is counted and logged with its offset, and handed to ``rejects``.
         batch_size: Messages that are handed over at once, at most.
         linger: How long a batch gathers, in seconds.
         pauses: The first and the longest pause before a batch is offered again, in seconds.
         options: Of librdkafka, such as ``security.protocol``.
+        rejects: Called with what cannot be read, where no topic of dead letters is named: the
+            source is ``topic[partition]``, the line the offset.
 
     Raises:
         ConfigurationError: An option is wrong, or is decided here.
@@ -324,6 +453,7 @@ class KafkaSource:
         linger: float = 0.5,
         pauses: tuple[float, float] = (0.5, 30.0),
         options: Options | None = None,
+        rejects: Callable[[Reject], object] | None = None,
     ) -> None:
         self._format = format
         self._inside = inside
@@ -336,12 +466,29 @@ class KafkaSource:
             linger=linger,
             pauses=pauses,
             options=options,
+            rejects=rejects,
         )
 
     @property
     def counts(self) -> Counts:
         """What has happened so far."""
         return self._topics.counts
+
+    def look(self, seconds: float = 10.0) -> list[Found]:
+        """
+        Whether the topics can be read, and how much waits in them. Nothing is read or confirmed.
+
+        Args:
+            seconds: For how long each answer of the cluster is waited for.
+
+        Raises:
+            SourceError: The cluster does not answer, or refuses.
+        """
+        return self._topics.look(seconds)
+
+    def measures(self) -> Iterator[Measure]:
+        """The counts as metrics have them."""
+        return self.counts.measures()
 
     def run(self, take: Take, stop: threading.Event) -> None:
         """
@@ -430,7 +577,21 @@ class UpdatesTopic:
             ]
         )
 
-    def relay(self, graph: Graph, *, window: int = 10_000, lease: float = 60.0) -> int:
+    def look(self, seconds: float = 10.0) -> Found:
+        """
+        Whether the topic is there.
+
+        Raises:
+            SinkError: The cluster does not answer, or refuses.
+        """
+        return self._writer.look(seconds)
+
+    def close(self) -> None:
+        """Nothing waits here between two calls; the second time nothing happens."""
+
+    def relay(
+        self, graph: Graph, *, window: int = 10_000, lease: float = 60.0, destination: str = ""
+    ) -> int:
         """
         Send what the outbox of a graph holds, until nothing is left to lease.
 
@@ -438,6 +599,8 @@ class UpdatesTopic:
             graph: Whose outbox.
             window: Updates that are sent at once.
             lease: How long that may take, in seconds.
+            destination: For which of those that the outbox serves; where it serves one by name,
+                a worker whose ``[[destinations]]`` name this topic does it all the time.
 
         Returns:
             The number of updates sent.
@@ -446,14 +609,16 @@ class UpdatesTopic:
             SinkError: Those of `send`; the window went back to the outbox.
         """
         sent = 0
-        while leased := graph.lease_updates(window, lease):
+        while leased := graph.lease_updates(window, lease, destination):
             positions = [delivery.position for delivery in leased]
             try:
                 self.send([delivery.update for delivery in leased])
             except BaseException as exc:
-                graph.return_updates(positions, type(exc).__name__, dead=False)
+                graph.return_updates(
+                    positions, type(exc).__name__, dead=False, destination=destination
+                )
                 raise
-            graph.acknowledge(positions)
+            graph.acknowledge(positions, destination)
             sent += len(leased)
         return sent
 
@@ -568,6 +733,23 @@ class _Writer:
         self._producer = _open(ck.Producer, self._config)
         self._lock = threading.Lock()
 
+    def look(self, seconds: float) -> Found:
+        try:
+            known = self._producer.list_topics(timeout=seconds).topics
+        except ck.KafkaException as exc:
+            error = exc.args[0]
+            told = f"the cluster does not answer: {error.name()}"
+            raise (SinkUnavailableError if _passes(error) else SinkError)(told) from exc
+        if self._topic in known and known[self._topic].error is None:
+            number = len(known[self._topic].partitions)
+            return Found(False, f"topic {self._topic}: {number} partitions")
+        return Found(
+            True,
+            f"topic {self._topic} is not there",
+            f"kafka-topics.sh --bootstrap-server {self._config['bootstrap.servers']} --create"
+            f" --topic {self._topic} --partitions 8",
+        )
+
     def write(self, letters: Sequence[_Letter]) -> None:
         failed: list[Any] = []
 
@@ -634,6 +816,14 @@ def _open(kind: Callable[..., Any], config: Mapping[str, Any]) -> Any:
             f"librdkafka does not take the options of Kafka: {which} is unknown or wrong; see"
             " https://github.com/confluentinc/librdkafka/blob/master/CONFIGURATION.md"
         ) from None
+
+
+def _bounds(consumer: Any, place: Any, wait: float) -> tuple[int, int]:
+    """The first offset that is there, and the one that comes next."""
+    found: tuple[int, int] | None = consumer.get_watermark_offsets(place, timeout=wait)
+    if found is None:
+        raise ck.KafkaException(ck.KafkaError(ck.KafkaError._TIMED_OUT))
+    return found
 
 
 # Those of a consumer that a producer would warn of.

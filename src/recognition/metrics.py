@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeAlias
 
 from recognition.delivery import CIRCUIT_OPENS, LAG_BOUNDS, Deliverer
 from recognition.errors import ConfigurationError, GraphError, MissingDependencyError
@@ -32,10 +32,15 @@ except ModuleNotFoundError as exc:
         'metrics need the package prometheus-client; run: pip install "recognition[metrics]"'
     ) from exc
 
+#: One of the numbers of a source, which a method ``measures`` gives: name, ``counter`` or
+#: ``gauge``, meaning, names of labels, and the numbers by the values of these labels.
+Measure: TypeAlias = tuple[str, str, str, tuple[str, ...], Mapping[tuple[str, ...], float]]
+
 _TAKEN = {
     "events": "Events that the graph has taken in.",
     "rejected": "What could not be read as an event.",
     "bots": "Events of bots, which are not remembered.",
+    "ignored": "Anonymous events of types that are not remembered.",
     "anonymous": "Events without a known identifier.",
     "identified": "Events with a known identifier that identifies somebody.",
     "blocked": "Identifiers that never identify anybody.",
@@ -101,6 +106,13 @@ class Metrics:
                 taken = CounterMetricFamily(f"recognition_{name}", help)
                 taken.add_metric([], getattr(self._worker.taken, name))
                 yield taken
+            reasons = CounterMetricFamily(
+                "recognition_rejected_reasons", "What was rejected, by reason.", labels=["reason"]
+            )
+            for reason, count in list(self._worker.reasons.items()):
+                reasons.add_metric([reason], count)
+            yield reasons
+            yield from self._of_sources(self._worker.sources)
         if self._deliverer is not None:
             yield from self._delivered(self._deliverer)
         with self._lock:
@@ -108,6 +120,22 @@ class Metrics:
                 self._backlogs = list(self._ask())
                 self._asked = time.monotonic()
             yield from self._backlogs
+
+    def _of_sources(self, sources: Sequence[object]) -> Iterator[Metric]:
+        """What sources count themselves; of two of a kind, the sum."""
+        found: dict[str, tuple[str, str, tuple[str, ...], dict[tuple[str, ...], float]]] = {}
+        for source in sources:
+            measures: Callable[[], Iterable[Measure]] | None = getattr(source, "measures", None)
+            for name, kind, help, labels, values in () if measures is None else measures():
+                _, _, _, total = found.setdefault(name, (kind, help, labels, {}))
+                for texts, value in values.items():
+                    total[texts] = total.get(texts, 0) + value
+        for name, (kind, help, labels, total) in found.items():
+            make = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
+            family = make(f"recognition_{name}", help, labels=labels)
+            for texts, value in total.items():
+                family.add_metric(texts, value)
+            yield family
 
     def _delivered(self, deliverer: Deliverer) -> Iterator[Metric]:
         served = deliverer.served

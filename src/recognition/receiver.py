@@ -54,6 +54,9 @@ _log = logging.getLogger("recognition.receiver")
 #: Returns when a batch of raw events is durable in the graph; see `recognition.worker.Source`.
 Take: TypeAlias = Callable[[Sequence[dict[str, Any]]], None]
 
+#: One of the numbers of a source; see `recognition.metrics.Measure`.
+Measure: TypeAlias = tuple[str, str, str, tuple[str, ...], Mapping[tuple[str, ...], float]]
+
 # The last part of a path, and the type of an event that does not say it itself: in full as in
 # https://www.twilio.com/docs/segment/connections/sources/catalog/libraries/server/http-api, and
 # in one letter as the browsers' SDK has it.
@@ -125,6 +128,21 @@ class Counts:
     bytes: int = 0
     #: Of bodies, unpacked, that are held now.
     waiting_bytes: int = 0
+
+    def measures(self) -> Iterator[Measure]:
+        """The same for metrics: name, kind, meaning, names of labels, numbers by labels."""
+        measures: list[Measure] = [
+            ("requests", "counter", "Requests that brought events, by status.", ("status",),
+             {(str(status),): n for status, n in sorted(self.requests.items())}),
+            ("rejected", "counter", "Requests and events that were refused, by reason.",
+             ("reason",), {(reason,): n for reason, n in sorted(self.rejected.items())}),
+            ("events", "counter", "Events that are durable.", (), {(): self.events}),
+            ("retries", "counter", "How often events were offered again.", (), {(): self.retries}),
+            ("bytes", "counter", "Bytes of bodies as they came.", (), {(): self.bytes}),
+            ("waiting_bytes", "gauge", "Bytes of bodies that wait.", (), {(): self.waiting_bytes}),
+        ]  # fmt: skip
+        for name, kind, help, labels, values in measures:
+            yield f"receiver_{name}", kind, help, labels, values
 
 
 class Receiver:
@@ -224,6 +242,10 @@ class Receiver:
     def url(self) -> str | None:
         """Where it listens, such as ``http://127.0.0.1:8080``; ``None`` while it does not."""
         return self._url
+
+    def measures(self) -> Iterator[Measure]:
+        """The counts as metrics have them."""
+        return self.counts.measures()
 
     def run(self, take: Take, stop: threading.Event) -> None:
         """
@@ -598,24 +620,10 @@ def _render(member: object) -> bytes:
 def render_counts(counts: Counts) -> str:
     """The receiver's own counters in Prometheus's text format, each with its meaning."""
     lines: list[str] = []
-
-    def add(name: str, kind: str, help: str, values: Mapping[str, int]) -> None:
-        lines.extend(
-            (
-                f"# HELP recognition_receiver_{name} {help}",
-                f"# TYPE recognition_receiver_{name} {kind}",
-            )
-        )
-        lines.extend(
-            f"recognition_receiver_{name}{labels} {value}" for labels, value in values.items()
-        )
-
-    add("requests_total", "counter", "Requests that brought events, by status.",
-        {f'{{status="{status}"}}': n for status, n in sorted(counts.requests.items())})  # fmt: skip
-    add("rejected_total", "counter", "Requests and events that were refused, by reason.",
-        {f'{{reason="{reason}"}}': n for reason, n in sorted(counts.rejected.items())})  # fmt: skip
-    add("events_total", "counter", "Events that are durable.", {"": counts.events})
-    add("retries_total", "counter", "How often events were offered again.", {"": counts.retries})
-    add("bytes_total", "counter", "Bytes of bodies as they came.", {"": counts.bytes})
-    add("waiting_bytes", "gauge", "Bytes of bodies that wait.", {"": counts.waiting_bytes})
+    for name, kind, help, labels, values in counts.measures():
+        name = f"recognition_{name}{'_total' if kind == 'counter' else ''}"
+        lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
+        for texts, value in values.items():
+            shown = ",".join(f'{key}="{text}"' for key, text in zip(labels, texts, strict=True))
+            lines.append(f"{name}{{{shown}}} {value}" if shown else f"{name} {value}")
     return "\n".join(lines) + "\n"

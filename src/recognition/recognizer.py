@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -52,6 +52,8 @@ class Recognition:
     stamped: int
     """Anonymous events whose owner is known already."""
     bots: int
+    ignored: int = 0
+    """Events that ``remembers`` of the recognizer left out."""
     blocked: int
     """Identifiers that never identify anybody."""
     claims: int
@@ -72,14 +74,22 @@ class Recognizer:
         rules: How the workspace is decided.
         bots: Which user agents are skipped: their events are passed through and not remembered.
             ``None`` skips nobody.
+        remembers: Which events are remembered, for example `recognition.bulker.Stream.remembers`;
+            the others are passed through as those of bots are. ``None`` remembers all.
     """
 
     def __init__(
-        self, graph: Graph, rules: Rules | None = None, *, bots: re.Pattern[str] | None = BOTS
+        self,
+        graph: Graph,
+        rules: Rules | None = None,
+        *,
+        bots: re.Pattern[str] | None = BOTS,
+        remembers: Callable[[Event], bool] | None = None,
     ) -> None:
         self._graph = graph
         self._rules = Rules() if rules is None else rules
         self._bots = bots
+        self._remembers = remembers
 
     @property
     def rules(self) -> Rules:
@@ -97,9 +107,9 @@ class Recognizer:
             GraphError: Nothing of the batch was written.
         """
         observations: list[Observation] = []
-        skipped: set[int] = set()  # positions of bots
-        blocked = identified = 0
-        pattern = self._bots
+        skipped: set[int] = set()  # positions of bots, and of what is not remembered
+        blocked = identified = ignored = 0
+        pattern, remembers = self._bots, self._remembers
         agents: dict[str, bool] = {}  # those of the batch: most events share a few
         for position, event in enumerate(events):
             agent = event.user_agent
@@ -110,6 +120,10 @@ class Recognizer:
                 if bot:
                     skipped.add(position)
                     continue
+            if remembers is not None and not remembers(event):
+                skipped.add(position)
+                ignored += 1
+                continue
             observation, refused = self._reduce(event)
             blocked += refused
             identified += bool(observation.known)
@@ -136,7 +150,8 @@ class Recognizer:
             anonymous=len(observations) - identified,
             identified=identified,
             stamped=stamped,
-            bots=len(skipped),
+            bots=len(skipped) - ignored,
+            ignored=ignored,
             blocked=blocked,
             claims=outcome.counts.claims,
             links=outcome.counts.links,

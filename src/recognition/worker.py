@@ -14,6 +14,7 @@ import os
 import random
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,6 +72,8 @@ class Taken:
     events: int = 0
     rejected: int = 0
     bots: int = 0
+    ignored: int = 0
+    """Anonymous events of types that are not remembered."""
     anonymous: int = 0
     identified: int = 0
     blocked: int = 0
@@ -120,6 +123,8 @@ class Worker:
         self._lock = threading.Lock()
         self._failed: BaseException | None = None
         self.taken = Taken()
+        #: Of what was rejected, how much by each reason: a few short texts.
+        self.reasons: Counter[str] = Counter()
 
     def take(self, events: RawEvents) -> None:
         """
@@ -151,6 +156,7 @@ class Worker:
         """Count and keep what became no event; by any thread."""
         with self._lock:
             self.taken.rejected += 1
+            self.reasons[reject.reason] += 1
             if self._rejects is not None:
                 self._rejects(reject)
 
@@ -159,8 +165,8 @@ class Worker:
             taken = self.taken
             taken.events += len(done.events)
             for name in (
-                "bots", "anonymous", "identified", "blocked", "claims", "links", "conflicts",
-                "updates",
+                "bots", "ignored", "anonymous", "identified", "blocked", "claims", "links",
+                "conflicts", "updates",
             ):  # fmt: skip
                 setattr(taken, name, getattr(taken, name) + getattr(done, name))
 

@@ -1149,6 +1149,11 @@ class MongoGraph(StoredGraph):
 
     # ---------------------------------------------------------------- the whole graph
 
+    def clock(self) -> datetime:
+        """The time of the server, by which leases end."""
+        now: datetime = self._patiently(lambda: self._client.admin.command("hello")["localTime"])
+        return now
+
     def stats(self) -> GraphStats:
         """See `Graph.stats`. Updates are counted without reading them."""
         return self._patiently(self._stats)

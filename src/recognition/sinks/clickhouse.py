@@ -43,6 +43,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from difflib import get_close_matches
 from hashlib import blake2b
 from itertools import accumulate
@@ -345,6 +346,40 @@ class ClickhouseSink:
                 rejected=rejected,
                 statements=self._server.statements,
             )
+
+    def rehearse(self, plan: Plan) -> Applied:
+        """
+        What `apply` would refuse, as far as looking tells: columns, keys, engine, strategy, values.
+
+        Rights are not tried out: there is no statement here that could be undone.
+
+        Raises:
+            SinkError: The server cannot be read.
+        """
+        refused: dict[str, RecognitionError] = dict(plan.rejected)
+        with self._server.use():
+            for step in plan.steps:
+                refused.update(self._check(step))
+        return Applied(rejected=tuple(refused.items()))
+
+    def advice(self, step: Step) -> list[str]:
+        """What the owner of the step's table should know, a sentence each."""
+        with self._server.use():
+            table = self._find(step.table)
+            return [] if table is None else list(self._advice(table, step.shape))
+
+    def unfinished(self, table: str) -> list[tuple[str, str]]:
+        """The mutations of a table that are not done: the id, and why it failed or ``""``."""
+        with self._server.use():
+            found = self._find(table)
+            mutations = [] if found is None else self._unfinished(found)
+            return [(mutation.id, mutation.failure) for mutation in mutations]
+
+    def clock(self) -> datetime:
+        """The time of the server."""
+        with self._server.use():
+            [[now]] = self._server.rows(sql("SELECT toUnixTimestamp64Micro(now64(6))"))
+            return datetime.fromtimestamp(int(now) / 1_000_000, UTC)
 
     def close(self) -> None:
         """Close the connection."""

@@ -1,0 +1,628 @@
+"""What the settings of a worker name: topics, ports, destinations of Bulker; as processes."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import confluent_kafka as ck
+import pytest
+from psycopg import sql
+
+from postgres import GivenServer
+from recognition.cli import main
+from recognition.config import load_settings, read_secret
+from recognition.errors import ConfigurationError, EventError
+from recognition.events import SEGMENT, parse_event
+from recognition.graph import open_graph
+from recognition.kafka import UpdatesConsumer
+from recognition.parts import bound_times, read_parts
+from test_delivery import Warehouse, expected, journey, wait_until
+from test_kafka import Cluster
+from test_metrics import free_port, read
+from test_worker import process, to_segment, write_files
+
+KEY = "an-example-write-key"
+
+#: So that a worker that was killed is missed soon.
+OPTIONS: dict[str, str | int | float | bool] = {
+    "session.timeout.ms": 2_000,
+    "heartbeat.interval.ms": 300,
+    "reconnect.backoff.max.ms": 300,
+}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A broker of librdkafka's own; processes reach it by TCP."""
+    keeper = ck.Producer({"bootstrap.servers": "none", "test.mock.num.brokers": 1, "log_level": 0})
+    (broker,) = keeper.list_topics(timeout=10).brokers.values()
+    yield Cluster(f"{broker.host}:{broker.port}", None)
+    del keeper
+
+
+def configure(folder: Path, text: str) -> Path:
+    path = folder / "recognition.toml"
+    path.write_text(
+        f'graph = "sqlite:///{folder}/graph.db"\n[delivery]\nevery_seconds = 0.05\n'
+        f"settle_seconds = 0\n{text}"
+    )
+    return path
+
+
+def kafka_table(cluster: Cluster, topic: str, dead: str = "") -> str:
+    options = ", ".join(f'"{name}" = {json.dumps(value)}' for name, value in OPTIONS.items())
+    return (
+        f'[worker.kafka]\nservers = "{cluster.servers}"\ntopics = "{topic}"\n'
+        f'group = "g-{topic}"\nlinger_seconds = 0.1\noptions = {{{options}}}\n'
+    ) + (f'dead_letters = "{dead}"\n' if dead else "")
+
+
+def destination(warehouse: Warehouse) -> str:
+    return f'[[destinations]]\nname = "w"\nurl = "{warehouse.url}"\n'
+
+
+def worker_of(config: Path, *more: str) -> Any:
+    return process("-m", "recognition", "worker", "--json", "--config", config, *more)
+
+
+# Topics -----------------------------------------------------------------------------------------
+
+
+def test_worker_reads_topics_through_sigkill_and_sigterm(tmp_path: Path, cluster: Cluster) -> None:
+    """
+    Killed in the middle it goes on where its offsets are; told to stop it has confirmed everything.
+
+    What is no event, of another format or from the future, is in the rejects with its place.
+    """
+    topic, events = cluster.topic(), journey(30)
+    warehouse = Warehouse(tmp_path).make()
+    warehouse.put(events)
+    config = configure(
+        tmp_path,
+        f'{destination(warehouse)}[worker]\nrejects = "{tmp_path}/rejects.ndjson"\n'
+        + kafka_table(cluster, topic),
+    )
+    first, second = events[:70], events[70:]
+    cluster.write(topic, *map(to_segment, first), b"\x00\x00\x00\x01\x02avro", key="one partition")
+    with worker_of(config) as worker:
+        wait_until(lambda: sum(cluster.committed(topic, f"g-{topic}").values()) == 71)
+        worker.send_signal(signal.SIGKILL)
+        worker.wait(60)
+    late = {**to_segment(events[0]), "messageId": "late", "timestamp": "2199-01-01T00:00:00Z"}
+    cluster.write(topic, *map(to_segment, second), late, key="one partition")
+    with worker_of(config) as worker:
+        wait_until(lambda: warehouse.users() == expected(30))
+        wait_until((tmp_path / "rejects.ndjson").exists)
+        wait_until(lambda: len((tmp_path / "rejects.ndjson").read_text().splitlines()) == 2)
+        worker.send_signal(signal.SIGTERM)
+        out, said = worker.communicate(timeout=60)
+    result = json.loads(out)
+    rejects = [json.loads(line) for line in (tmp_path / "rejects.ndjson").read_text().splitlines()]
+
+    assert worker.returncode == 1, said  # something was rejected
+    assert (result["events"], result["rejected"], result["dead_letters"]) == (50, 1, 1)
+    assert sum(cluster.committed(topic, f"g-{topic}").values()) == 122
+    assert [(each["reason"], each["line"]) for each in rejects] == [
+        ("not JSON", 70),
+        ("the time lies too far ahead", 121),
+    ]
+    assert rejects[0]["source"].startswith(f"{topic}[")
+    assert json.loads(rejects[1]["raw"])["messageId"] == "late"
+    assert "no port for events is opened" in said
+    assert "d7" not in said
+    assert "u7" not in said
+
+
+def test_updates_go_out_to_a_topic(
+    tmp_path: Path, cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A destination may be a topic: what is read from there brings the rows up to date."""
+    topic, events = cluster.topic(), journey(10)
+    warehouse = Warehouse(tmp_path).make()
+    warehouse.put(events)
+    write_files(tmp_path / "in", events, 1)
+    config = configure(
+        tmp_path,
+        f'[worker]\ndirectories = "{tmp_path}/in"\nrejects = "{tmp_path}/r"\n'
+        f'[[destinations]]\nname = "out"\nurl = "kafka://{cluster.servers}/{topic}"\n'
+        'options = {"delivery.timeout.ms" = 9000}\n',
+    )
+    code = main(["worker", "--config", str(config), "--once", "--json", "--quiet"])
+    result = json.loads(capsys.readouterr().out)
+    again = main(["worker", "--config", str(config), "--once", "--json", "--quiet"])
+    stop = threading.Event()
+    consumer = UpdatesConsumer(
+        cluster.servers, [topic], "g", warehouse.sink(), linger=0.1, options=OPTIONS
+    )
+    reading = threading.Thread(target=consumer.run, args=(stop,))
+    reading.start()
+    try:
+        wait_until(lambda: warehouse.users() == expected(10))
+    finally:
+        stop.set()
+        reading.join(60)
+    checked = main(["check", "--config", str(config), "--json"])
+    capsys.readouterr()
+
+    assert (code, again, checked) == (0, 0, 0)
+    assert result["updates_applied"] == consumer.counts.messages == 10
+    assert result["updates_waiting"] == 0
+
+
+def test_topic_that_is_away_is_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Updates for brokers that nobody runs stay in the outbox, and the exit code says so."""
+    write_files(tmp_path / "in", journey(2), 1)
+    config = configure(
+        tmp_path,
+        f'[worker]\ndirectories = "{tmp_path}/in"\nrejects = "{tmp_path}/r"\n'
+        f'[[destinations]]\nname = "out"\nurl = "kafka://127.0.0.1:{free_port()}/updates"\n'
+        'options = {"delivery.timeout.ms" = 300, "log_level" = 0}\n',
+    )
+    code = main(["worker", "--config", str(config), "--once", "--json", "--quiet"])
+    result = json.loads(capsys.readouterr().out)
+
+    assert code == 3
+    assert (result["updates_applied"], result["updates_waiting"]) == (0, 2)
+
+
+# A port, and all of them at once ----------------------------------------------------------------
+
+
+def post(port: int, path: str, body: bytes, key: str = KEY, **headers: str) -> int:
+    given = {"Authorization": f"Basic {base64.b64encode(f'{key}:'.encode()).decode()}", **headers}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, given)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            status: int = answer.status
+    except urllib.error.HTTPError as exc:
+        return exc.code
+    return status
+
+
+def get(url: str) -> str | None:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            text: str = answer.read().decode()
+    except OSError:
+        return None
+    return text
+
+
+def test_worker_takes_from_a_directory_a_topic_and_a_port_at_once(
+    tmp_path: Path, cluster: Cluster
+) -> None:
+    """
+    Events of one visitor that come three ways are one story; what was answered with 200 stays.
+
+    What is refused is counted by its reason, and kept where somebody with a key has sent it.
+    """
+    topic, dead, events = cluster.topic(), cluster.topic(), journey(9)
+    warehouse = Warehouse(tmp_path).make()
+    warehouse.put(events)
+    port, shown = free_port(), free_port()
+    (tmp_path / "keys").write_text(f"{KEY}\nanother\n")
+    config = configure(
+        tmp_path,
+        f'{destination(warehouse)}[worker]\nrejects = "{tmp_path}/rejects.ndjson"\n'
+        f'directories = "{tmp_path}/in"\nmetrics = "127.0.0.1:{shown}"\n'
+        f"{kafka_table(cluster, topic, dead)}"
+        f'[worker.http]\nport = {port}\nkeys = "file:{tmp_path}/keys"\nmax_body_bytes = 20000\n',
+    )
+    write_files(tmp_path / "in", events[0::3], 1)
+    cluster.write(topic, *map(to_segment, events[1::3]), b"\xffforeign", {"no": "event"})
+    posted = [to_segment(event) for event in events[2::3]]
+    with worker_of(config) as worker:
+        wait_until(lambda: get(f"http://127.0.0.1:{port}/readyz"))
+        answers = [
+            post(port, "/v1/batch", gzip.compress(json.dumps({"batch": posted}).encode()),
+                 **{"Content-Encoding": "gzip"}),
+        ]  # fmt: skip
+        worker.send_signal(signal.SIGKILL)
+        worker.wait(60)
+    far = {**posted[0], "messageId": "far", "timestamp": "1999-01-01T00:00:00Z"}
+    with worker_of(config) as worker:
+        wait_until(lambda: get(f"http://127.0.0.1:{port}/readyz"))
+        answers += [
+            post(port, "/v1/track", json.dumps(posted[0]).encode(), key="wrong"),
+            post(port, "/v1/track", b"x" * 20_001),
+            post(port, "/v1/track", b"\x1f\x8bnot gzip", **{"Content-Encoding": "gzip"}),
+            post(port, "/v1/track", json.dumps(far).encode()),
+        ]
+        wait_until(lambda: warehouse.users() == expected(9))
+        wait_until(lambda: len(cluster.read(dead, 2)) == 2)
+        text = get(f"http://127.0.0.1:{shown}/metrics") or ""
+        same = get(f"http://127.0.0.1:{port}/metrics") or ""
+        worker.send_signal(signal.SIGTERM)
+        out, said = worker.communicate(timeout=60)
+    found = read(text)
+    result = json.loads(out)
+    rejects = [json.loads(line) for line in (tmp_path / "rejects.ndjson").read_text().splitlines()]
+
+    assert worker.returncode == 1, said
+    assert answers == [200, 401, 413, 400, 200]
+    assert result["dead_letters"] == 2
+    assert {each["reason"] for each in rejects} == {
+        "the body is too large", "the gzip stream is damaged", "the time lies too far back",
+    }  # fmt: skip
+    assert found["recognition_kafka_dead_total", "not UTF-8"] == 1
+    assert found["recognition_kafka_bytes_total",] > 1000
+    assert found["recognition_receiver_rejected_total", "the write key is not known"] == 1
+    assert found["recognition_receiver_requests_total", "413"] == 1
+    assert found["recognition_rejected_reasons_total", "the time lies too far back"] == 1
+    assert read(same).keys() == found.keys()
+    assert KEY not in said + text + out + (tmp_path / "rejects.ndjson").read_text()
+    assert "d3" not in said
+
+
+def test_port_that_is_taken_is_waited_for(tmp_path: Path) -> None:
+    """The worker says so, and listens when whoever held it has gone."""
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        config = configure(
+            tmp_path,
+            f'[worker]\nrejects = "{tmp_path}/r"\n'
+            f'[worker.http]\nport = {port}\nkeys = "env:KEYS"\n',
+        )
+        with subprocess.Popen(
+            [sys.executable, "-m", "recognition", "worker", "--config", str(config)],
+            env={**os.environ, "KEYS": KEY},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        ) as worker:
+            assert worker.stderr is not None
+            for line in worker.stderr:
+                if "started again" in line:
+                    break
+            holder.close()
+            wait_until(lambda: get(f"http://127.0.0.1:{port}/healthz") == "ok")
+            worker.send_signal(signal.SIGTERM)
+            worker.stderr.read()
+            assert worker.wait(60) == 0
+
+
+# Secrets ----------------------------------------------------------------------------------------
+
+
+def test_secrets_come_from_the_environment_or_a_file(tmp_path: Path) -> None:
+    """Without the white space around them; a place that holds none is named."""
+    (tmp_path / "secret").write_text("from a file\n")
+
+    assert read_secret("env:X", {"X": " from the environment "}) == "from the environment"
+    assert read_secret(f"file:{tmp_path}/secret", {}) == "from a file"
+    for place, told in (("env:Y", "no such variable"), ("env:Z", "empty"), ("file:/no", "cannot")):
+        with pytest.raises(ConfigurationError, match=f"{place}.*{told}"):
+            read_secret(place, {"Z": " "})
+
+
+@pytest.mark.parametrize(
+    ("environ", "told"),
+    [
+        ({"RECOGNITION_WORKER__HTTP__KEYS": "hunter2"}, "say env:NAME or file:PATH"),
+        (
+            {"RECOGNITION_WORKER__KAFKA":
+             '{"servers": "b", "topics": "t", "options": {"sasl.password": "hunter2"}}'},
+            'secrets = {"sasl.password" = "env:NAME"}',
+        ),
+        (
+            {"RECOGNITION_WORKER__KAFKA":
+             '{"servers": "b", "topics": "t", "secrets": {"sasl.password": "hunter2"}}'},
+            "say env:NAME or file:PATH",
+        ),
+        ({"RECOGNITION_WORKER__HTTP__PORTS": "1"}, "RECOGNITION_WORKER__HTTP__PORT"),
+        ({"RECOGNITION_WORKER__KAFKA__TOPIC": "t"}, "RECOGNITION_WORKER__KAFKA__TOPICS"),
+        ({"RECOGNITION_BULKER__SORCE": "x"}, "RECOGNITION_BULKER__SOURCE"),
+    ],
+)  # fmt: skip
+def test_secret_that_stands_in_the_settings_is_refused(
+    environ: Mapping[str, str], told: str
+) -> None:
+    """The text says where it belongs, and does not repeat it; an unknown key gets the nearest."""
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings({}, environ)
+
+    assert told in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+# Times ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("off", "told"),
+    [
+        (timedelta(hours=25), "the time lies too far ahead"),
+        (timedelta(hours=23), None),
+        (timedelta(days=-3649), None),
+        (timedelta(days=-3651), "the time lies too far back"),
+    ],
+)
+def test_time_that_lies_too_far_away_is_refused(off: timedelta, told: str | None) -> None:
+    """A day ahead and ten years back are taken where nothing is said; 0 takes every time."""
+    body = {"messageId": "m", "type": "page", "timestamp": (datetime.now(UTC) + off).isoformat()}
+    settings = load_settings({}, {})
+    open_ended = load_settings(
+        {}, {"RECOGNITION_WORKER__FUTURE_HOURS": "0", "RECOGNITION_WORKER__PAST_DAYS": "0"}
+    )
+    parse_event(body, bound_times(SEGMENT, open_ended))
+
+    if told is None:
+        parse_event(body, bound_times(SEGMENT, settings))
+    else:
+        with pytest.raises(EventError, match=told):
+            parse_event(body, bound_times(SEGMENT, settings))
+
+
+# Bulker -----------------------------------------------------------------------------------------
+
+
+def bulker_yaml(folder: Path, server: GivenServer, database: str, more: str = "") -> Path:
+    path = folder / "bulker.yaml"
+    path.write_text(
+        f"""
+destinations:
+  PG-Main:
+    type: postgres
+    credentials: {{host: "{server.host}", port: {server.port}, database: {database},
+      defaultSchema: raw, username: "{server.user}", password: "{server.password}"}}
+    defaultTableName: visits
+    options:
+      mode: batch
+      frequency: 1
+      primaryKey: id
+      timestampColumn: at
+      deduplicate: true
+      functions:
+        - functionId: builtin.transformation.user-recognition
+          functionOptions: {{eventTypes: [page], lookbackWindowDays: 7}}
+{more}"""
+    )
+    return path
+
+
+def test_destinations_of_bulker_need_no_second_configuration(
+    tmp_path: Path, postgres: GivenServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    Its file alone says where the rows are, their columns, the look-back, and what is remembered.
+
+    A destination of which nothing can be updated is an error that lists it, until it may be
+    skipped; then that is said.
+    """
+    now = datetime.now(UTC)
+
+    def event(id: str, days: float, type: str = "page", **more: object) -> dict[str, object]:
+        time = (now - timedelta(days=days)).isoformat()
+        return {"messageId": id, "type": type, "timestamp": time, "anonymousId": "a1", **more}
+
+    events = [
+        event("old", 9), event("page", 3), event("track", 3, "track", event="Seen"),
+        event("who", 1, "identify", userId="u1"),
+    ]  # fmt: skip
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "1.ndjson").write_text("\n".join(map(json.dumps, events)))
+    with postgres.database() as name:
+        postgres.run(sql.SQL("CREATE SCHEMA raw"), database=name)
+        table = (
+            "CREATE TABLE raw.visits (id text PRIMARY KEY, anonymous_id text, user_id text,"
+            " at timestamptz)"
+        )
+        postgres.run(sql.SQL(table), database=name)
+        for each in events:
+            postgres.run(
+                sql.SQL("INSERT INTO raw.visits VALUES (%s, 'a1', %s, %s)"),
+                [each["messageId"], each.get("userId"), each["timestamp"]],
+                database=name,
+            )
+        s3 = "  files: {type: s3, credentials: {bucket: b}}\n"
+        config = configure(
+            tmp_path,
+            f'[worker]\ndirectories = "{tmp_path}/in"\nrejects = "{tmp_path}/r"\n'
+            f'[bulker]\nsource = "file://{bulker_yaml(tmp_path, postgres, name, s3)}"\n',
+        )
+        refused = main(["worker", "--config", str(config), "--once"])
+        why = capsys.readouterr().err
+        config.write_text(config.read_text() + "skip_unsupported = true\n")
+        checked = main(["check", "--config", str(config)])
+        capsys.readouterr()
+        code = main(["worker", "--config", str(config), "--once", "--json"])
+        told = capsys.readouterr()
+        users = dict(postgres.run(sql.SQL("SELECT id, user_id FROM raw.visits"), database=name))
+        explained = main(["explain", "anonymous_id:a1", "--config", str(config)])
+        capsys.readouterr()
+    result = json.loads(told.out)
+
+    assert refused == 2
+    assert "files (s3)" in why
+    assert (checked, code, explained) == (0, 0, 0)
+    assert users == {"old": None, "page": "u1", "track": None, "who": "u1"}
+    assert result["ignored"] == 1
+    assert list(result["destinations"]) == ["pg-main"]
+    assert "files is left out: nothing of the type s3 is updated" in told.err
+    assert "other types than page are not remembered" in told.err
+    assert result["updates_held"] == 1  # Bulker may write the row again
+    assert postgres.password == "" or postgres.password not in told.err
+
+
+def test_what_is_set_beside_bulker_stands_above_it(tmp_path: Path, postgres: GivenServer) -> None:
+    """Layout, look-back and settling of our own settings; where none are, those of Bulker."""
+    path = bulker_yaml(tmp_path, postgres, "d")
+    table = {"source": str(path)}
+    plain = load_settings({"bulker": table}, {})
+    own = load_settings(
+        {
+            "bulker": table,
+            "layout": "segment",
+            "lookback_days": 3,
+            "delivery": {"settle_seconds": 7},
+        },
+        {},
+    )
+    chosen = load_settings({"bulker": {**table, "destinations": ["PG-Main"]}}, {})
+    missing = load_settings({"bulker": {**table, "destinations": ["pg"]}}, {})
+    kept = load_settings({"bulker": table, "retention_days": 5, "lookback_days": 5}, {})
+    variable = {"DEST_X": '{"type": "postgres", "credentials": {"host": "h", "database": "d"}}'}
+    from_environment = load_settings({"bulker": {"source": "env://DEST"}}, {})
+    theirs, ours = read_parts(plain, {}), read_parts(own, {})
+
+    assert theirs.rules.layout.table == "visits"
+    assert theirs.rules.layout.columns.time == "at"
+    assert theirs.rules.attribution.lookback == 7 * 86_400_000_000
+    assert [(target.settle, target.again) for target in theirs.targets] == [(120, 38 * 3600)]
+    assert ours.rules.layout.name == "segment"
+    assert ours.rules.attribution.lookback == 3 * 86_400_000_000
+    assert [target.settle for target in ours.targets] == [7]
+    assert [target.name for target in read_parts(chosen, {}).targets] == ["pg-main"]
+    assert [target.name for target in read_parts(from_environment, variable).targets] == ["x"]
+    assert read_parts(kept, {}).rules.attribution.lookback == 5 * 86_400_000_000
+    with pytest.raises(ConfigurationError, match=r"names pg; those .* are PG-Main"):
+        read_parts(missing, {})
+
+
+def test_references_live_as_long_as_a_claim_of_bulker_reaches(
+    tmp_path: Path, postgres: GivenServer
+) -> None:
+    """A look-back that Bulker's configuration says is compared with the retention, too."""
+    path = bulker_yaml(tmp_path, postgres, "d")
+    path.write_text(path.read_text().replace("lookbackWindowDays: 7", "lookbackWindowDays: 90"))
+    settings = load_settings({"bulker": {"source": str(path)}, "retention_days": 60}, {})
+
+    with pytest.raises(ConfigurationError, match="reaches back 90 days"):
+        read_parts(settings, {})
+
+
+# Check ------------------------------------------------------------------------------------------
+
+
+def found(config: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[dict[str, str]]]:
+    code = main(["check", "--config", str(config), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def texts(findings: Sequence[Mapping[str, str]], level: str) -> list[str]:
+    return [f"{each['place']}: {each['text']}" for each in findings if each["level"] == level]
+
+
+def test_check_looks_at_topics_ports_directories_and_rejects(
+    tmp_path: Path, cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """Each source is looked at, nothing is read; what is missing comes with its command."""
+    topic, dead = cluster.topic(), cluster.topic()
+    cluster.write(topic, *map(to_segment, journey(2)))
+    cluster.write(dead, b"x")
+    (tmp_path / "in" / "failed").mkdir(parents=True)
+    (tmp_path / "in" / "failed" / "1.csv").write_text("a,a\n")
+    (tmp_path / "rejects").write_text('{"reason": "no time"}\n{"reason": "no time"}\n')
+    monkeypatch.setenv("WRITE_KEYS", "one, two")
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        config = configure(
+            tmp_path,
+            f'[worker]\nrejects = "{tmp_path}/rejects"\nmetrics = "127.0.0.1:{free_port()}"\n'
+            f'directories = ["{tmp_path}/in", "{tmp_path}/nowhere"]\n'
+            f'[worker.http]\nport = {holder.getsockname()[1]}\nkeys = "env:WRITE_KEYS"\n'
+            f"{kafka_table(cluster, topic, dead)}"
+            f'[[destinations]]\nname = "out"\nurl = "kafka://{cluster.servers}/{dead}"\n',
+        )
+        code, findings = found(config, capsys)
+    again, _ = found(config, capsys)
+    monkeypatch.setenv("WRITE_KEYS", " ")
+    _, without = found(config, capsys)
+
+    assert (code, again) == (1, 1)
+    assert texts(findings, "wrong") == [
+        f"directory {tmp_path}/in: 1 files could not be read",
+        f"directory {tmp_path}/nowhere: it is not there",
+    ]
+    assert f"worker.kafka: topic {topic}: 4 partitions, 8 messages wait" in texts(findings, "fine")
+    assert f"worker.kafka: topic {dead}: 1 dead letters" in texts(findings, "fine")
+    assert f"destination out: topic {dead}: 4 partitions" in texts(findings, "fine")
+    assert "worker.http: 2 write keys are let in" in texts(findings, "fine")
+    assert any("that is right while a worker runs" in text for text in texts(findings, "note"))
+    assert f"rejects {tmp_path}/rejects: 2 events became none: 2 no time" in texts(findings, "note")
+    assert "worker.http: env:WRITE_KEYS is empty" in texts(without, "wrong")
+    assert cluster.committed(topic, f"g-{topic}") == {}
+
+
+def test_check_of_brokers_that_nobody_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are named as what does not answer, in a few seconds."""
+    from recognition.kafka import KafkaSource, UpdatesTopic
+
+    look, look_out = KafkaSource.look, UpdatesTopic.look
+    monkeypatch.setattr(KafkaSource, "look", lambda self: look(self, 0.5))
+    monkeypatch.setattr(UpdatesTopic, "look", lambda self: look_out(self, 0.5))
+    server = f"127.0.0.1:{free_port()}"
+    config = configure(
+        tmp_path,
+        f'[worker]\nrejects = "{tmp_path}/r"\n'
+        f'[worker.kafka]\nservers = "{server}"\ntopics = "t"\noptions = {{log_level = 0}}\n'
+        f'[[destinations]]\nname = "out"\nurl = "kafka://{server}/t"\n'
+        "options = {log_level = 0}\n",
+    )
+    code, findings = found(config, capsys)
+
+    assert code == 1
+    assert [text.split(":")[0] for text in texts(findings, "wrong")] == [
+        "worker.kafka", "destination out",
+    ]  # fmt: skip
+
+
+def test_check_of_a_topic_that_is_missing(
+    tmp_path: Path, cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """The command that makes it is shown; a pattern that matches nothing yet is no fault."""
+    config = configure(
+        tmp_path,
+        f'[worker]\nrejects = "{tmp_path}/r"\n[worker.kafka]\nservers = "{cluster.servers}"\n'
+        'topics = ["missing", "^none\\\\..*"]\n',
+    )
+    code, findings = found(config, capsys)
+    (wrong,) = [each for each in findings if each["level"] == "wrong"]
+
+    assert code == 1
+    assert wrong["text"] == "topic missing: it is not there"
+    assert wrong["fix"] == (
+        f"kafka-topics.sh --bootstrap-server {cluster.servers} --create --topic missing"
+        " --partitions 8"
+    )
+    assert r"worker.kafka: no topic matches ^none\..* yet" in texts(findings, "fine")
+
+
+def test_check_compares_the_clock_of_the_graph(
+    tmp_path: Path, mongodb_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """The server's clock decides about leases: where it is wrong, what mends it is told."""
+    from recognition.graph.mongo import MongoGraph
+
+    config = tmp_path / "recognition.toml"
+    config.write_text(f'graph = "{mongodb_url}"\n[worker]\nrejects = "{tmp_path}/r"\n')
+    with closing(open_graph(mongodb_url)) as graph:
+        now = graph.clock()  # type: ignore[attr-defined]
+    right, _ = found(config, capsys)
+    clock: Callable[[Any], datetime] = MongoGraph.clock
+    monkeypatch.setattr(MongoGraph, "clock", lambda self: clock(self) + timedelta(minutes=2))
+    wrong, findings = found(config, capsys)
+
+    assert abs(now - datetime.now(UTC)) < timedelta(seconds=30)
+    assert (right, wrong) == (0, 1)
+    assert [each["fix"] for each in findings if each["level"] == "wrong"] == [
+        "timedatectl set-ntp true"
+    ]
