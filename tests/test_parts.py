@@ -32,18 +32,11 @@ from recognition.graph import open_graph
 from recognition.kafka import UpdatesConsumer
 from recognition.parts import bound_times, read_parts
 from test_delivery import Warehouse, expected, journey, wait_until
-from test_kafka import Cluster
+from test_kafka import OPTIONS, Cluster
 from test_metrics import free_port, read
 from test_worker import process, to_segment, write_files
 
 KEY = "an-example-write-key"
-
-#: So that a worker that was killed is missed soon.
-OPTIONS: dict[str, str | int | float | bool] = {
-    "session.timeout.ms": 2_000,
-    "heartbeat.interval.ms": 300,
-    "reconnect.backoff.max.ms": 300,
-}
 
 
 @pytest.fixture(scope="module")
@@ -513,7 +506,9 @@ def test_references_live_as_long_as_a_claim_of_bulker_reaches(
 
 def found(config: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[dict[str, str]]]:
     code = main(["check", "--config", str(config), "--json"])
-    return code, json.loads(capsys.readouterr().out)
+    told = capsys.readouterr()
+    assert code in (0, 1), told.err
+    return code, json.loads(told.out)
 
 
 def texts(findings: Sequence[Mapping[str, str]], level: str) -> list[str]:

@@ -545,7 +545,8 @@ class _Line:
             else:
                 self.served.reapplied += item.applied
                 settled = item.applied and destination.settle
-                if (now - update.created_at).total_seconds() < destination.again:
+                age = (now - update.created_at).total_seconds()
+                if destination.again and age < destination.again:
                     kept.append(item.position)
                 else:
                     done.append(item)

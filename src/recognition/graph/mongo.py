@@ -1152,7 +1152,7 @@ class MongoGraph(StoredGraph):
     def clock(self) -> datetime:
         """The time of the server, by which leases end."""
         now: datetime = self._patiently(lambda: self._client.admin.command("hello")["localTime"])
-        return now
+        return now.replace(tzinfo=UTC)  # answers of commands come without a zone
 
     def stats(self) -> GraphStats:
         """See `Graph.stats`. Updates are counted without reading them."""
