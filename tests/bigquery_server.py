@@ -5,7 +5,7 @@ The statements that arrive are those of the real client; `sqlglot` reads them as
 writes them as DuckDB's. Sessions have transactions and temporary tables of their own. What BigQuery
 is known to refuse and DuckDB would take is refused here too: DDL of tables that stay inside of a
 transaction, a subquery in the ON of a MERGE, a request of more than 10 MB, a parameter without its
-type. A statement that fails ends its transaction.
+type, a session of another place than the dataset's. A statement that fails ends its transaction.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from google.cloud import bigquery
 from sqlglot import exp
 
 MOST_BYTES = 10 * 1_024 * 1_024
+LOCATION = "EU"  # of all datasets
 
 _TYPES = {
     "VARCHAR": "STRING",
@@ -54,6 +55,7 @@ class _Session:
     """A connection of its own, and whether a transaction is open in it."""
 
     cursor: duckdb.DuckDBPyConnection
+    location: str = LOCATION
     lock: threading.Lock = field(default_factory=threading.Lock)
     open: bool = False
 
@@ -136,7 +138,9 @@ class Server:
         made = None
         if body.get("createSession"):
             made = session = secrets.token_hex(8)
-            self._sessions[made] = _Session(self.database.cursor())
+            # `SELECT 1` names no table by which a place could be found.
+            place = body.get("location", "US")
+            self._sessions[made] = _Session(self.database.cursor(), place)
         if session is None:
             held = _Session(self.database.cursor())
         elif session in self._sessions:
@@ -164,12 +168,9 @@ class Server:
     ) -> dict[str, Any]:
         held.cursor.execute("SET TimeZone = 'UTC'")
         dataset = body["defaultDataset"]["datasetId"]
-        if (
-            not self.database.cursor()
-            .execute("SELECT 1 FROM information_schema.schemata WHERE schema_name = ?", [dataset])
-            .fetchall()
-        ):
+        if held.location != LOCATION and not body.get("createSession"):
             raise RefusedError("notFound", f"Not found: Dataset {project}:{dataset}", 404)
+        self.dataset(project, dataset)
         held.cursor.execute(f"SET search_path = '\"{dataset}\"'")
         match text.removesuffix(" TRANSACTION"):
             case "BEGIN":
@@ -263,6 +264,16 @@ class Server:
             "schema": {"fields": fields},
         }
 
+    def dataset(self, project: str, dataset: str) -> dict[str, Any]:
+        """What ``datasets.get`` answers."""
+        found = self.database.cursor().execute(
+            "SELECT 1 FROM information_schema.schemata WHERE schema_name = ?", [dataset]
+        )
+        if not found.fetchall():
+            raise RefusedError("notFound", f"Not found: Dataset {project}:{dataset}", 404)
+        reference = {"projectId": project, "datasetId": dataset}
+        return {"datasetReference": reference, "location": LOCATION}
+
     def tables(self, project: str, dataset: str) -> dict[str, Any]:
         """What ``tables.list`` answers."""
         names = self.database.cursor().execute(
@@ -283,7 +294,8 @@ class Server:
         if found := re.fullmatch(rf"{_PATH}/jobs", path):
             query = body["configuration"]["query"]
             labels = body["configuration"].get("labels", {})
-            answer = self.run(found[1], {**query, "labels": labels})
+            place = {k: v for k, v in body["jobReference"].items() if k == "location" and v}
+            answer = self.run(found[1], {**query, **place, "labels": labels})
             reference = {"projectId": found[1], "jobId": secrets.token_hex(8)}
             self._answers[reference["jobId"]] = {**answer, "jobReference": reference}
             return {
@@ -299,6 +311,8 @@ class Server:
             return self.table(*found.groups())
         if found := re.fullmatch(rf"{_PATH}/datasets/([^/]+)/tables", path):
             return self.tables(*found.groups())
+        if found := re.fullmatch(rf"{_PATH}/datasets/([^/]+)", path):
+            return self.dataset(*found.groups())
         raise RefusedError("notFound", f"{method} {path} is no part of this server", 404)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -194,6 +195,71 @@ def test_a_plan_is_one_transaction_of_one_session(database: Dataset, opened: Ope
     assert (first.statements, second.statements) == (6, 3)
 
 
+def test_one_statement_needs_no_transaction(database: Dataset, opened: Opened) -> None:
+    """With versions a MERGE is all that writes: a worker that dies leaves nothing open."""
+    database.write("events", [row(f"m{n}", f"a{n}", n) for n in range(20)])
+    sink = opened()
+    wanted = [
+        update(n, {"user_id": f"u{n}"}, device(f"a{n}"), versioned=True, expected_rows=1)
+        for n in range(20)
+    ]
+    sent(database.server)
+
+    applied = apply(sink, *wanted)
+    first = sent(database.server)
+    sink.rehearse(plan_updates(wanted))
+
+    assert (applied.rows_changed, applied.statements) == (20, 1)
+    assert first == ["SELECT 1", "MERGE INTO"]
+    assert sent(database.server)[-1] == "ROLLBACK TRANSACTION"
+
+
+@pytest.mark.parametrize("begins", ["MERGE", "SELECT `recognition"])
+def test_a_statement_without_an_answer_is_said(
+    database: Dataset, opened: Opened, begins: str
+) -> None:
+    """What commits by itself may have been written, when no answer came or the count failed."""
+    database.write("events", [row("m1", "a1", 1)])
+    sink = opened(timeout=1)
+    database.server.fail(begins=begins, reason="cut", times=99, after=True)
+    wanted = update(1, {"user_id": "u1"}, device("a1"), versioned=True, expected_rows=2)
+
+    with pytest.raises(OutcomeUnknownError) as caught:
+        apply(sink, wanted)
+
+    database.server._faults.clear()
+    assert (caught.value.written, caught.value.retryable) == (None, True)
+    assert apply(sink, wanted).rows_matched == 1
+    assert database.column("user_id") == {"m1": "u1"}
+
+
+def test_a_session_is_where_the_dataset_is(database: Dataset, opened: Opened) -> None:
+    """Its first statement names no table; a URL that says where is believed."""
+    database.write("events", [row("m1", "a1", 1)])
+    wanted = update(1, {"user_id": "u1"}, device("a1"))
+
+    found = apply(opened(), wanted)
+    with pytest.raises(TableError, match="not in the location"):
+        apply(opened(f"{database.url}?location=US"), wanted)
+
+    assert found.rows_changed == 1
+
+
+def test_a_session_that_could_not_be_ended_is_ended_later(
+    database: Dataset, opened: Opened
+) -> None:
+    """Its transaction would else abort all others on the table until the session's day is over."""
+    database.write("events", [row("m1", "a1", 1)])
+    before = database.server.sessions
+    database.server.fail(begins="INSERT", reason="internalError", message="died after the MERGE")
+    database.server.fail(begins="CALL", reason="cut")
+
+    applied = apply(opened(timeout=2), update(1, {"user_id": "u1"}, device("a1")))
+
+    assert applied.rows_changed == 1
+    assert database.server.sessions == before + 1
+
+
 def test_a_session_ends_with_the_sink(database: Dataset, opened: Opened) -> None:
     """None is left that would live for a day."""
     database.write("events", [row("m1", "a1", 1)])
@@ -283,6 +349,46 @@ def test_many_rows_fill_a_stage_in_pages(
     assert texts.count("INSERT INTO") > 3
     assert texts.index("CREATE TEMP TABLE") > texts.index("BEGIN TRANSACTION")
     assert max(database.server.sizes) < 5_000
+
+
+def test_no_request_is_larger_than_the_limit(database: Dataset, opened: Opened) -> None:
+    """Escaped twice, one character is 14 bytes; a window is staged by its bytes."""
+    texts = {f"m{n}": "\N{GRINNING FACE}" * 64_000 for n in range(12)}
+    texts |= {f"n{n}": '"\\' * 32_000 for n in range(40)}
+    database.write("events", [row(key, key, n) for n, key in enumerate(texts)])
+    database.server.sizes.clear()
+
+    applied = apply(
+        opened(),
+        *(update(n, {"user_id": text}, device(k)) for n, (k, text) in enumerate(texts.items())),
+    )
+
+    assert applied.rows_changed == len(texts)
+    assert database.column("user_id") == texts
+    assert max(database.server.sizes) < 10_485_760
+
+
+def test_numbers_are_what_the_column_makes_of_them(database: Dataset, opened: Opened) -> None:
+    """Rounded as it rounds them, so that they are not set again; one that it cannot hold alone."""
+    database.server.client().query_and_wait(
+        "CREATE TABLE events (message_id STRING, anonymous_id STRING, price NUMERIC(4, 2),"
+        " total INT64, recognition_version INT64)",
+        job_config=bigquery.QueryJobConfig(default_dataset=f"p1.{database.name}"),
+    )
+    database.run("INSERT INTO events (message_id, anonymous_id) VALUES ('m1', 'a1'), ('m2', 'a2')")
+    wanted = [
+        update(1, {"price": 12.345, "total": 2**63 - 1}, device("a1")),
+        update(2, {"price": 100.0}, device("a3")),
+        update(3, {"price": 99.999}, device("a2")),
+        update(4, {"total": 2**63}, device("a2")),
+    ]
+    sink = opened()
+
+    first, again = apply(sink, *wanted), apply(sink, *wanted)
+
+    assert [name for name, _ in first.rejected] == ["events-2", "events-3", "events-4"]
+    assert (first.rows_changed, again.rows_changed, again.rows_matched) == (1, 0, 1)
+    assert database.column("price") == {"m1": Decimal("12.35"), "m2": None}
 
 
 def test_messages_that_a_later_update_named_are_spared(database: Dataset, opened: Opened) -> None:

@@ -423,6 +423,30 @@ def test_another_worker_is_waited_for(database: Schema, opened: Opened) -> None:
     assert database.column("user_id", "others") == {"m1": "u2"}
 
 
+def test_a_lease_is_longer_than_a_statement_is_retried_and_runs(
+    database: Schema, opened: Opened
+) -> None:
+    """What the driver sends again until the end of its time still runs under the lease."""
+    database.write("events", [row("m1", "a1", 1)])
+    sinks = opened(timeout=50), opened(connect_args={"_retry_stop_after_attempts_duration": 900})
+    leases: list[int] = []
+
+    for sink in sinks:
+
+        @sa.event.listens_for(sink._engine, "before_cursor_execute")
+        def look(_: Any, __: Any, statement: str, *rest: Any) -> None:
+            if statement.startswith("MERGE INTO events"):
+                ((until,),) = database.run("SELECT until - epoch_us(now()) FROM recognition_lock")
+                leases.append(round(until / 1_000_000))
+
+        apply(sink, update(1, {"user_id": "u1"}, device("a1")))
+
+    retried = [given["_retry_stop_after_attempts_duration"] for given in database.given]
+    assert retried == [50, 900]
+    for lease, most in zip(leases, retried, strict=True):
+        assert lease == pytest.approx(600 + most + 60, abs=5)
+
+
 def test_the_lease_of_a_dead_worker_ends(database: Schema, opened: Opened) -> None:
     """A line that is past its time is taken over."""
     database.write("events", [row("m1", "a1", 1)])

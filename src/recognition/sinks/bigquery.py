@@ -9,6 +9,12 @@ write rows of one table at a time one is aborted. Rows are set by MERGE, where t
 one target row are an error always
 (https://cloud.google.com/bigquery/docs/reference/standard-sql/dml-syntax#merge_statement).
 
+**What a crash leaves.** A transaction of a worker that died stays open as long as its session, up
+to 24 hours without a statement (https://cloud.google.com/bigquery/docs/sessions-terminating), and
+all that time the others' on the same table are aborted. So there is none where one statement is all
+that writes: in tables with ``recognition_version``. A session that could not be ended because
+nobody answered is ended before the next one begins.
+
 Tables are looked at by the API and not by INFORMATION_SCHEMA, each question to which is a job that
 is billed as 10 MB at least (https://cloud.google.com/bigquery/docs/information-schema-intro).
 """
@@ -17,11 +23,11 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from datetime import UTC, datetime, timedelta
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import requests
 import sqlalchemy as sa
@@ -37,16 +43,20 @@ from sqlalchemy_bigquery.parse_url import parse_url
 
 from recognition.errors import (
     ConfigurationError,
+    OutcomeUnknownError,
     SinkError,
     SinkReadOnlyError,
     SinkUnavailableError,
     TableError,
 )
 from recognition.sinks.merging import MergingSink
-from recognition.sinks.rows import Column
+from recognition.sinks.rows import Column, greatest
 from recognition.sinks.sql import LEDGER, Target, Transaction
 
 _log = logging.getLogger(__name__)
+
+_Prepared = TypeVar("_Prepared")
+_Result = TypeVar("_Result")
 
 _URL = "bigquery://project/dataset?location=EU"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -56,7 +66,7 @@ _FIRST = (datetime.min.replace(tzinfo=UTC) - _EPOCH) // timedelta(microseconds=1
 _LAST = (datetime.max.replace(tzinfo=UTC) - _EPOCH) // timedelta(microseconds=1)
 
 # https://cloud.google.com/bigquery/docs/reference/standard-sql/data-types#numeric_types
-_FLOATS = {"FLOAT64": sys.float_info.max, "NUMERIC": 1e29, "BIGNUMERIC": 5.7e38}
+_FLOATS = {"FLOAT64": sys.float_info.max, "NUMERIC": greatest(38, 9), "BIGNUMERIC": 5.7e38}
 
 # What the API calls a type, and what a statement does.
 # https://cloud.google.com/bigquery/docs/reference/rest/v2/tables#TableFieldSchema
@@ -120,10 +130,10 @@ class BigquerySink(MergingSink):
 
     ledger_first = True
     primary_key = " NOT NULL"  # what is not enforced but trusted by the optimizer is no help
-    inline_rows = 500
+    inline_rows = 10_000
     # https://cloud.google.com/bigquery/quotas#query_jobs: 10 MB for a request with its parameters.
-    page_bytes = 8_000_000
-    inline_characters = 4_000_000
+    # It is JSON in JSON, so that each quote and backslash of a page is two bytes.
+    page_bytes = 5_000_000
     makes_stage = "CREATE TEMP TABLE"
     integer = "INT64"
     types: ClassVar[Mapping[str, str]] = {
@@ -172,6 +182,8 @@ class BigquerySink(MergingSink):
                 "credentials are those of the environment, or credentials_path names their file"
             )
         self._project, self._dataset = project, dataset
+        self._location: str | None = location
+        self._left: list[str] = []  # sessions that could not be ended
         config.default_dataset = f"{project}.{dataset}"
         config.labels = {"application": "recognition", **config.labels}  # who ran it
         config.job_timeout_ms = self._statement_timeout * 1_000
@@ -184,7 +196,9 @@ class BigquerySink(MergingSink):
         # The dialect would make its client here, and ask for credentials before they are needed.
         engine = sa.create_engine(
             "bigquery://?user_supplied_client=true",
-            creator=lambda: _Connection(_Session(client(), config, timeout)),
+            creator=lambda: _Connection(
+                _Session(client(), config, timeout, self._where(client()), self._left)
+            ),
             hide_parameters=True,
         )
         dialect: Any = engine.dialect
@@ -193,9 +207,46 @@ class BigquerySink(MergingSink):
         sa.event.listen(engine, "handle_error", _note_lost_session)
         return engine
 
+    def _where(self, client: bigquery.Client) -> str | None:
+        """
+        Where jobs run: as the URL or the client says, else where the dataset is.
+
+        A session is bound to the place of its first statement, which names no table by which
+        BigQuery could find it: https://cloud.google.com/bigquery/docs/sessions-create
+        """
+        self._location = self._location or client.location
+        if self._location is None:
+            with _told_as_the_driver_does():
+                dataset = client.get_dataset(f"{self._project}.{self._dataset}")
+            self._location = str(dataset.location)
+        return self._location
+
     def exists(self) -> bool:
         """A dataset that is missing is an error."""
         return True
+
+    def _do(
+        self,
+        transaction: Transaction,
+        tables: Sequence[str],
+        prepare: Callable[[Transaction], _Prepared],
+        work: Callable[[Transaction, _Prepared], _Result],
+        needs_ledger: bool,
+    ) -> tuple[_Result, int]:
+        session = _session(transaction.connection)
+        session.alone, session.written = transaction.alone, False
+        try:
+            return super()._do(transaction, tables, prepare, work, needs_ledger)
+        except sa.exc.DBAPIError as exc:
+            if session.is_unsure(exc.connection_invalidated):
+                raise OutcomeUnknownError(
+                    "no answer came to the statement that writes, or to one after it; it commits "
+                    "by itself, so that all was written, or nothing; applying the same again is "
+                    "safe"
+                ) from exc
+            raise
+        finally:
+            session.alone = False
 
     # Tables -------------------------------------------------------------------------------------
 
@@ -235,7 +286,7 @@ class BigquerySink(MergingSink):
         return self._tables(connection, f"{self._project}.{self._dataset}")
 
     def _table(self, connection: sa.Connection, name: str) -> bigquery.Table | None:
-        client = _client(connection)
+        client = _session(connection).client
         with _told_as_sqlalchemy_does("tables.get"):
             try:
                 return client.get_table(name)
@@ -243,7 +294,7 @@ class BigquerySink(MergingSink):
                 return None
 
     def _tables(self, connection: sa.Connection, dataset: str) -> list[str]:
-        client = _client(connection)
+        client = _session(connection).client
         with _told_as_sqlalchemy_does("tables.list"):
             return [table.table_id for table in client.list_tables(dataset)]
 
@@ -284,12 +335,12 @@ class BigquerySink(MergingSink):
         cells = []
         for place, (name, type_) in enumerate(columns):
             cell = f"JSON_VALUE(line, '$[{place}]')"
-            cells.append(f"{cell if type_ is None else f'CAST({cell} AS {type_})'} AS {name}")
+            cells.append(f"{cell if type_ is None else _cast(cell, type_)} AS {name}")
         return f"SELECT {', '.join(cells)} FROM UNNEST(JSON_QUERY_ARRAY(:lines)) AS line"
 
     def type_of(self, column: Column) -> str | None:
-        """Without its parameters, which a cast would have it keep to by cutting."""
-        return None if column.kind == "text" else column.declared.partition("(")[0]
+        """As it is declared."""
+        return None if column.kind == "text" else column.declared
 
     def time_type(self, like: Column) -> str:
         """A date is compared as the midnight that begins it."""
@@ -343,7 +394,8 @@ class BigquerySink(MergingSink):
         if any(sign in text for sign in _CONFLICTS):
             return SinkUnavailableError(
                 "another transaction was writing to the same table; all was rolled back, a retry "
-                "helps"
+                "helps; if it goes on, a worker died in one: end its session (CALL "
+                "BQ.ABORT_SESSION, see the documentation), which else lives for 24 hours"
             )
         if "streaming buffer" in text:
             return SinkUnavailableError(
@@ -387,6 +439,19 @@ class _OfBigquery(sa.types.UserDefinedType[Any]):
         return self.name
 
 
+def _cast(cell: str, type_: str) -> str:
+    """
+    What the column will hold of the value.
+
+    One with a scale rounds what is stored, half away from zero as ROUND does
+    (https://cloud.google.com/bigquery/docs/reference/rest/v2/tables#RoundingMode).
+    """
+    base, _, limits = type_.partition("(")
+    if not limits:
+        return f"CAST({cell} AS {type_})"
+    return f"ROUND(CAST({cell} AS {base}), {limits.rstrip(')').partition(', ')[2]})"
+
+
 # No answer came, or none that says what happened.
 _NO_ANSWER = (requests.RequestException, RetryError, TransportError, TimeoutError)
 
@@ -400,10 +465,19 @@ class _Session:
     """
 
     def __init__(
-        self, client: bigquery.Client, config: bigquery.QueryJobConfig, timeout: float
+        self,
+        client: bigquery.Client,
+        config: bigquery.QueryJobConfig,
+        timeout: float,
+        location: str | None,
+        left: list[str],
     ) -> None:
         self.client = client
+        self.alone = False  # no transaction is begun
+        self.written: bool | None = False  # by itself; None: no answer came yet
         self._config = config
+        self._location = location
+        self._left = left
         # An HTTP request may go twice: it has an id, by which the second is known.
         self._retry = DEFAULT_RETRY.with_timeout(max(1.0, timeout))
         self._id: str | None = None
@@ -424,10 +498,20 @@ class _Session:
             return self._send(query, None)
         if self._id is None:
             self._id = self._begin()
+        if self.alone:
+            writes = query.startswith("MERGE")
+            self.written = None if writes else self.written
+            rows = self._send(query, self._id, job_config.query_parameters, page_size)
+            self.written = writes or self.written
+            return rows
         if not self._open:
             self._send("BEGIN TRANSACTION", self._id)
             self._open = True
         return self._send(query, self._id, job_config.query_parameters, page_size)
+
+    def is_unsure(self, lost: bool) -> bool:
+        """Something was written by itself, or may have been, when the answer was lost."""
+        return lost if self.written is None else self.written
 
     def end(self, how: str) -> None:
         """COMMIT or ROLLBACK, where something is open."""
@@ -442,18 +526,32 @@ class _Session:
     def close(self) -> None:
         """End the session with all that is left in it, which else lives for a day."""
         if self._id is not None:
-            try:
-                self._send("CALL BQ.ABORT_SESSION()", self._id, retry=None)
-            except dbapi.Error as exc:
-                _log.debug("the session could not be ended: %s", type(exc.args[0]).__name__)
+            self._left.append(self._id)
+            self._end_those_left()
         self._id = None
         self._open = self._failed = False
 
+    def _end_those_left(self) -> None:
+        """Whose transactions would be in the way of all others; what is over already is no more."""
+        for session in [*self._left]:
+            try:
+                self._send("CALL BQ.ABORT_SESSION()", session, retry=None)
+            except dbapi.Error as exc:
+                cause = _cause(exc)
+                _log.debug("a session could not be ended: %s", type(cause).__name__)
+                if _is_unanswered(cause):
+                    continue
+            with suppress(ValueError):  # another thread did it meanwhile
+                self._left.remove(session)
+
     def _begin(self) -> str:
+        self._end_those_left()
         config = deepcopy(self._config)
         config.create_session = True
         with _told_as_the_driver_does():
-            job = self.client.query("SELECT 1", config, job_retry=None, retry=self._retry)
+            job = self.client.query(
+                "SELECT 1", config, location=self._location, job_retry=None, retry=self._retry
+            )
             job.result()
         assert job.session_info is not None, "it was asked for"
         return str(job.session_info.session_id)
@@ -471,6 +569,7 @@ class _Session:
         if session is not None:
             config.connection_properties = [bigquery.ConnectionProperty("session_id", session)]
         how: Any = {"retry": self._retry, "job_retry": None, "page_size": page_size, **given}
+        how["location"] = self._location
         self._failed = session is not None
         with _told_as_the_driver_does():
             rows = self.client.query_and_wait(query, job_config=config, **how)
@@ -520,10 +619,10 @@ def _told_as_sqlalchemy_does(what: str) -> Iterator[None]:
         raise sa.exc.DBAPIError(what, None, exc, hide_parameters=True) from exc
 
 
-def _client(connection: sa.Connection) -> bigquery.Client:
+def _session(connection: sa.Connection) -> _Session:
     driver = connection.connection.driver_connection
     assert isinstance(driver, _Connection)
-    return driver.session.client
+    return driver.session
 
 
 def _make_client(
@@ -553,6 +652,10 @@ def _cause(error: BaseException | None) -> BaseException | None:
     return error
 
 
+def _is_unanswered(cause: BaseException | None) -> bool:
+    return isinstance(cause, _NO_ANSWER) or (getattr(cause, "code", None) or 0) >= 500
+
+
 def _reason(cause: BaseException | None) -> str:
     """https://cloud.google.com/bigquery/docs/error-messages; ``""`` where there is none."""
     for error in getattr(cause, "errors", None) or ():
@@ -563,8 +666,7 @@ def _reason(cause: BaseException | None) -> str:
 
 def _note_lost_session(context: sa.engine.ExceptionContext) -> None:
     """Whether what was asked happened is not known; the session is not used again."""
-    cause = _cause(context.original_exception)
-    if isinstance(cause, _NO_ANSWER) or (getattr(cause, "code", None) or 0) >= 500:
+    if _is_unanswered(_cause(context.original_exception)):
         context.is_disconnect = True
 
 
@@ -572,13 +674,14 @@ def _describe(field: bigquery.SchemaField) -> Column:
     """By https://cloud.google.com/bigquery/docs/reference/rest/v2/tables#TableFieldSchema."""
     declared = _TYPES.get(field.field_type, field.field_type)
     kind = {"STRING": "text", "INT64": "integer", "BOOL": "boolean"}.get(declared, "other")
-    low = high = None
+    low: float | None = None
+    high: float | None = None
     if declared == "INT64":
-        low, high = -(2.0**63), 2.0**63 - 1
+        low, high = -(2**63), 2**63 - 1
     elif declared in _FLOATS:
         kind, high = "float", _FLOATS[declared]
         if field.precision is not None:
-            high = 10.0 ** (field.precision - (field.scale or 0))
+            high = greatest(field.precision, field.scale or 0)
             declared = f"{declared}({field.precision}, {field.scale or 0})"
         low = -high
     elif declared in ("TIMESTAMP", "DATETIME", "DATE"):

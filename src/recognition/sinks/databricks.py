@@ -20,6 +20,7 @@ a time cannot both succeed. It ends by itself, later than any statement that beg
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 import sys
@@ -46,7 +47,7 @@ from recognition.errors import (
     TableError,
 )
 from recognition.sinks.merging import MergingSink
-from recognition.sinks.rows import Column
+from recognition.sinks.rows import Column, greatest
 from recognition.sinks.sql import LEDGER, Target, Transaction, render_try_cast
 
 _Prepared = TypeVar("_Prepared")
@@ -58,7 +59,8 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _FIRST = (datetime.min.replace(tzinfo=UTC) - _EPOCH) // timedelta(microseconds=1)
 _LAST = (datetime.max.replace(tzinfo=UTC) - _EPOCH) // timedelta(microseconds=1)
 
-# How much longer than a statement may run a lease is: within it the next one has begun.
+# How much longer a lease is than a statement may run, and be sent again until it does: within it
+# the next one has begun.
 _SPARE_SECONDS = 60
 
 # https://docs.databricks.com/sql/language-manual/sql-ref-datatypes.html, in bits.
@@ -96,8 +98,11 @@ class DatabricksSink(MergingSink):
     ``databricks://token:TOKEN@host?http_path=/sql/1.0/warehouses/ID&catalog=NAME&schema=NAME``
 
     Args:
+        timeout: How long conflicts and other workers are waited for, in seconds, and how long the
+            driver sends again what a warehouse does not take yet.
         statement_timeout: How long one statement may run, in seconds. A worker that dies while it
-            notes something in the ledger keeps others from its tables for a minute more than that.
+            notes something in the ledger keeps others from its tables for this and ``timeout`` and
+            a minute.
         connect_args: More for the connector, above all what must not stand in a URL
             (``access_token``, ``credentials_provider``).
     """
@@ -107,7 +112,6 @@ class DatabricksSink(MergingSink):
     # A statement may have 16 MiB:
     # https://docs.databricks.com/api/workspace/statementexecution/executestatement
     page_bytes = 8_000_000
-    inline_characters = 4_000_000
     # https://docs.databricks.com/tables/temporary-tables.html: of one session, on SQL warehouses.
     makes_stage = "CREATE TEMPORARY TABLE"
     integer = "BIGINT"
@@ -145,6 +149,9 @@ class DatabricksSink(MergingSink):
 
     def make_engine(self, url: str, timeout: float) -> sa.Engine:
         """https://docs.databricks.com/sql/language-manual/sql-ref-parameters.html."""
+        self._retrying = float(
+            self._connect_args.get("_retry_stop_after_attempts_duration", max(1.0, timeout))
+        )
         session = {
             "TIMEZONE": "UTC",
             "ANSI_MODE": "true",  # what overflows or cannot be cast is an error, and never NULL
@@ -165,6 +172,8 @@ class DatabricksSink(MergingSink):
             connect_args={
                 "user_agent_entry": "recognition",
                 "query_tags": {"application": "recognition"},  # who ran it, in system.query.history
+                # While a warehouse starts, or has no room, what is asked is sent again and again.
+                "_retry_stop_after_attempts_duration": self._retrying,
                 **self._connect_args,
                 "session_configuration": session,
             },
@@ -211,7 +220,7 @@ class DatabricksSink(MergingSink):
             parts=(*parts[:-1], name),
             columns={column.name.lower(): column for column in columns},
             collated=any(_is_blurred(column) for column in columns),
-            view=kind not in ("MANAGED", "EXTERNAL", "BASE TABLE"),
+            view=kind.removesuffix("_SHALLOW_CLONE") not in ("MANAGED", "EXTERNAL", "BASE TABLE"),
         )
 
     def list_tables(self, connection: sa.Connection) -> Sequence[str]:
@@ -325,7 +334,7 @@ class DatabricksSink(MergingSink):
                 time.sleep(delay)  # another worker changed the line of another table
 
     def _take(self, transaction: Transaction, name: str, holder: str, deadline: float) -> None:
-        seconds = self._statement_timeout + _SPARE_SECONDS
+        seconds = math.ceil(self._statement_timeout + self._retrying + _SPARE_SECONDS)
         delay = 0.1
         while True:
             began = time.monotonic()
@@ -489,7 +498,7 @@ def _keep_the_lease(connection: sa.Connection, *_: Any) -> None:
     """
     No statement begins that might still run when the lease has ended; before that it is renewed.
 
-    What is sent is sent within the minute after this was looked at.
+    It is sent within the time that the driver retries, and half a minute, after this was looked at.
     """
     lease = connection.info.get("recognition_lease")
     if lease is None or time.monotonic() < lease.began + _SPARE_SECONDS / 2:
@@ -555,7 +564,7 @@ def _describe(name: str, declared: str, nullable: bool) -> Column:
         kind, high = "float", _FLOATS[base]
         low = -high
     elif base == "decimal":
-        kind, high = "float", 10.0 ** (int(limits[0]) - int(limits[1]))
+        kind, high = "float", greatest(int(limits[0]), int(limits[1]))
         low = -high
     elif base == "boolean":
         kind = "boolean"

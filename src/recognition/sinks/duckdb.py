@@ -37,7 +37,7 @@ from recognition.errors import (
     TableError,
 )
 from recognition.planner import Bound
-from recognition.sinks.rows import Column
+from recognition.sinks.rows import Column, greatest
 from recognition.sinks.sql import (
     Interval,
     SqlSink,
@@ -278,7 +278,7 @@ def _describe(name: str, declared: str, not_null: bool, generated: bool) -> Colu
         high = 2 ** min(bits if upper.startswith("U") else bits - 1, 63) - 1
     elif decimal is not None:
         kind = "float"
-        high = 10.0 ** (int(decimal[1]) - int(decimal[2])) - 1
+        high = greatest(int(decimal[1]), int(decimal[2]))
         low = -high
     elif upper in ("FLOAT", "DOUBLE"):
         kind = "float"

@@ -107,6 +107,13 @@ class MergingSink(SqlSink):
         """As the one parameter of the statement."""
         return self._select(columns, [*self._lines(columns, lists)]).subquery(name)
 
+    def _goes_inline(self, step: Step, target: Target) -> bool:
+        """By bytes and not by characters: escaped, one character is up to 12 of them."""
+        # The lines say twice what the rows say, at most: what must be equal is noted beside it.
+        return (
+            len(step.rows) <= self.inline_rows and len(json.dumps(step.rows)) <= self.page_bytes / 2
+        )
+
     def stage_time(self, like: Column) -> sa.types.TypeEngine[Any]:
         """Stages are not made of a SELECT from the target, which is what this is for."""
         raise NotImplementedError

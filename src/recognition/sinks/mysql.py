@@ -43,7 +43,7 @@ from recognition.errors import (
 )
 from recognition.events import parse_time
 from recognition.planner import Bound, Step, Value
-from recognition.sinks.rows import Column
+from recognition.sinks.rows import Column, greatest
 from recognition.sinks.sql import (
     LEDGER,
     Inline,
@@ -713,7 +713,7 @@ def _describe(found: _Declared, checked: bool) -> _Column:
     elif found.type == "decimal":
         kind = "float"
         scale = found.scale or 0
-        high = 10.0 ** ((found.digits or 0) - scale) - 10.0**-scale
+        high = greatest(found.digits or 0, scale)
         low = 0 if unsigned else -high
     elif found.type in _FLOATS:
         kind, high = "float", _FLOATS[found.type]

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
 from recognition.planner import Bound
-from recognition.sinks.rows import Column
+from recognition.sinks.rows import Column, greatest
 from recognition.sinks.sql import Interval, SqlSink, Target
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -97,7 +97,7 @@ def read_type(type_: str, modifier: int, *, signed_scale: bool) -> Held:
         digits, scale = (modifier - 4) >> 16, (modifier - 4) & 0xFFFF
         if signed_scale:
             scale = ((scale & 0x7FF) ^ 1024) - 1024
-        high = 10.0 ** (digits - scale) - 10.0**-scale
+        high = greatest(digits, scale)
         return Held("decimal", low=-high, high=high, scale=scale)
     if type_ in _FLOATS:
         return Held("float", low=-_FLOATS[type_], high=_FLOATS[type_])

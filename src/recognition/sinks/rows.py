@@ -8,6 +8,7 @@ Nothing here connects or makes a statement.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -150,6 +151,12 @@ def refuse_value(column: Column, value: Value, holds: Mapping[str, tuple[type, .
     ):
         return f"a number out of its range was found; it is {declared}"
     return None
+
+
+def greatest(digits: int, scale: int) -> float:
+    """The greatest number of a DECIMAL that has so many digits, and of these behind the point."""
+    limit = 10.0 ** (digits - scale)
+    return min(limit - 10.0**-scale, math.nextafter(limit, 0.0))
 
 
 def later_of(step: Step, target: Target, notes: Iterable[Any]) -> Later:

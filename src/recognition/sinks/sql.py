@@ -147,9 +147,14 @@ class Interval(NamedTuple):
 
 @dataclass(slots=True)
 class Transaction:
-    """A connection, how many statements went through it, and the stages that they made."""
+    """
+    A connection, how many statements went through it, and the stages that they made.
+
+    ``alone``: one statement writes, once, so that a database may let it commit by itself.
+    """
 
     connection: sa.Connection
+    alone: bool = False
     statements: int = 0
     stages: list[str] = field(default_factory=list)
 
@@ -537,6 +542,7 @@ class SqlSink(ABC):
             }
             return Applied(rejected=(*plan.rejected, *missing.items()))
         tables = [step.table for step in plan.steps]
+        needs_ledger = not all(step.shape.versioned for step in plan.steps)
         if self._adds_columns and any(map(self._may_lack_columns, plan.steps)):
             self._transact(
                 tables, lambda _: None, lambda transaction, _: self._add_missing(transaction, plan)
@@ -545,7 +551,8 @@ class SqlSink(ABC):
             tables,
             lambda transaction: self._prepare(transaction, plan),
             self._apply,
-            needs_ledger=not all(step.shape.versioned for step in plan.steps),
+            needs_ledger=needs_ledger,
+            alone=len(plan.steps) == 1 and not needs_ledger,
         )
         return replace(applied, statements=statements)
 
@@ -676,6 +683,7 @@ class SqlSink(ABC):
         work: Callable[[Transaction, _Prepared], _Result],
         *,
         needs_ledger: bool = False,
+        alone: bool = False,
     ) -> tuple[_Result, int]:
         """
         Do the work in one transaction; where a lock is in the way, again until the timeout.
@@ -686,6 +694,7 @@ class SqlSink(ABC):
                 before it.
             work: Makes no table where that would commit.
             needs_ledger: The work notes something in it.
+            alone: See `Transaction`.
 
         Returns:
             What the work gave, and how many statements were sent for it.
@@ -697,7 +706,8 @@ class SqlSink(ABC):
         while True:
             try:
                 with self.serialized(), self._engine.connect() as connection:
-                    return self._do(Transaction(connection), names, prepare, work, needs_ledger)
+                    transaction = Transaction(connection, alone)
+                    return self._do(transaction, names, prepare, work, needs_ledger)
             except (sa.exc.DBAPIError, _LedgerMovedError) as exc:
                 # What was known of the tables may have changed since: look again, once.
                 self._targets.clear()
