@@ -85,6 +85,7 @@ class ClickhouseTests(SinkTests):
     strategy: ClassVar[str] = "auto"
     types: ClassVar[Mapping[str, str]] = TYPES
     options: ClassVar[Mapping[str, Any]] = {}
+    every_column_is_a_key: ClassVar[bool] = False
 
     @pytest.fixture
     def sink(self, client: Any, engine: str) -> Iterator[Sink]:
@@ -102,10 +103,11 @@ class ClickhouseTests(SinkTests):
                 for name, kind in self.columns.items()
             )
             more = ", ver UInt64" if "(ver)" in self.engine_of else ""
+            key = ", ".join(map(quote, self.columns)) if self.every_column_is_a_key else ""
             client.command(
                 f"CREATE TABLE IF NOT EXISTS {quote(table)} ({declared}{more}) ENGINE ="
                 f" {self.engine_of} PARTITION BY toYYYYMMDD(ifNull(timestamp, toDateTime(0)))"
-                f" ORDER BY message_id SETTINGS {self.settings}"
+                f" ORDER BY ({key or 'message_id'}) SETTINGS {self.settings}"
             )
             names = list(self.columns)
             client.insert(
@@ -151,6 +153,24 @@ class TestReplacing(ClickhouseTests):
     """A ReplacingMergeTree with a version: whole rows with a higher one, chosen."""
 
     engine_of = "ReplacingMergeTree(ver)"
+
+
+@every
+class TestMovedRows(ClickhouseTests):
+    """Whatever is set is in the sorting key: rows are inserted again and deleted, chosen."""
+
+    settings = f"{NUMBERED}, allow_nullable_key = 1"
+    every_column_is_a_key = True
+
+
+@every
+class TestReplacingMovedRows(ClickhouseTests):
+    """The same in a ReplacingMergeTree, with patches applied at once."""
+
+    engine_of = "ReplacingMergeTree(ver)"
+    settings = f"{NUMBERED}, allow_nullable_key = 1"
+    every_column_is_a_key = True
+    options: ClassVar[Mapping[str, Any]] = {"patches": "always"}
 
 
 @every
@@ -254,18 +274,174 @@ def refusal(applied: Any) -> str:
     return str(error)
 
 
+BY_OWNER = (
+    "PARTITION BY cityHash64(ifNull(user_id, '')) % 7"
+    " ORDER BY (coalesce(user_id, anonymous_id), message_id)"
+)
+KEYED = f"{NUMBERED}, allow_nullable_key = 1"
+
+
 def test_a_column_of_a_key_is_refused_with_what_to_change(opened: Opened) -> None:
-    """A column that is set and in ORDER BY cannot be updated, and the text says what to do."""
-    opened.table(
-        rest="ORDER BY (coalesce(user_id, anonymous_id), message_id)",
-        settings=f"{NUMBERED}, allow_nullable_key = 1",
-    )
+    """A column that is set and in ORDER BY needs numbered rows; the text says the command."""
+    opened.table(rest=BY_OWNER, settings="allow_nullable_key = 1")
     opened.rows(row("m1", "a1", 1))
 
+    said = refusal(opened.apply(owner(1, "u1", device("a1"))))
+    command = said.partition("run: ")[2].partition(")")[0]
+    opened.client.command(command)
     applied = opened.apply(owner(1, "u1", device("a1")))
 
-    assert "'user_id' is in a key" in refusal(applied)
-    assert "--target-column" in refusal(applied)
+    assert "update, alter, insert: 'user_id' is in a key" in said
+    assert "--target-column" in said
+    assert (applied.rejected, applied.rows_changed) == ((), 1)
+
+
+@pytest.mark.parametrize(
+    ("columns", "engine_of", "more", "said"),
+    [
+        (f"{EVENTS}, sign Int8", "CollapsingMergeTree(sign)", "", "a row of a CollapsingMergeTree"),
+        (EVENTS, "ReplacingMergeTree", "", "in a ReplacingMergeTree with a version"),
+        (EVENTS, "MergeTree", "CREATE MATERIALIZED VIEW v ENGINE = Memory AS SELECT 1", "view"),
+        (f"{EVENTS}, PROJECTION p (SELECT user_id ORDER BY user_id)", "MergeTree", "", "projec"),
+    ],
+)
+def test_rows_are_not_moved_where_that_could_be_undone(
+    opened: Opened, columns: str, engine_of: str, more: str, said: str
+) -> None:
+    """Where rows merge into others, or are read elsewhere, a column of a key is refused."""
+    opened.table(columns, BY_OWNER, KEYED, engine_of)
+    if more:
+        opened.client.command(f"{more} FROM events")
+
+    reason = refusal(opened.apply(owner(1, "u1", device("a1"))))
+    forced = refusal(opened.apply(owner(1, "u1", device("a1")), strategy="delete-and-insert"))
+
+    assert "delete-and-insert: " in reason
+    assert said in reason
+    assert said in forced
+
+
+def test_rows_are_moved_to_the_key_that_they_get(opened: Opened) -> None:
+    """Each row once and whole, the same row twice stays twice, and again nothing is written."""
+    opened.table(f"{EVENTS}, more JSON, map Map(String, String)", BY_OWNER, KEYED)
+    more = {"more": '{"x": {"y": [1, "z"]}}', "map": {"k": "v"}}
+    rows = [row(f"m{n % 15}", f"a{n % 3}", n % 15, **more) for n in range(20)]
+    opened.rows(*rows)
+    sink = opened.sink(patches="never")
+    plan = plan_updates([owner(1, "u1", device("a1")), owner(2, "u2", device("a2"))])
+
+    said = sink.compile(plan.steps[0])
+    applied = sink.apply(plan)
+    parts = opened.parts()
+    again = sink.apply(plan)
+
+    met = sum(each["anonymous_id"] != "a0" for each in rows)
+    assert "DELETE FROM `test`.`events` WHERE" in said
+    assert "-- update: not possible, 'user_id' is in a key" in said
+    assert (applied.rows_changed, again.rows_changed, again.rows_matched) == (met, 0, met)
+    assert opened.parts() == parts
+    users = {"a0": None, "a1": "u1", "a2": "u2"}
+    found = opened.client.query(
+        "SELECT message_id, user_id, toUnixTimestamp(timestamp), toString(more), map FROM events"
+    )
+    expected = [
+        (
+            each["message_id"],
+            users[str(each["anonymous_id"])],
+            int(at(n % 15).timestamp()),
+            '{"x":{"y":[1,"z"]}}',
+            {"k": "v"},
+        )
+        for n, each in enumerate(rows)
+    ]
+    assert sorted(found.result_rows, key=str) == sorted(expected, key=str)
+    assert opened.made() == []
+
+
+class _Interrupted(Exception):
+    """The process is gone, as far as the test goes."""
+
+
+#: The statements of a move, in their order.
+MOVING = (
+    "INSERT INTO `test`.`recognition_stage_",
+    "RENAME TABLE `test`.`recognition_stage_",
+    "INSERT INTO `test`.`events`",
+    "DELETE FROM",
+    "DROP TABLE IF EXISTS `test`.`recognition_moved_",
+)
+
+
+@pytest.mark.parametrize(
+    "engine_of", ["MergeTree", pytest.param("ReplacingMergeTree(ver)", marks=every)]
+)
+def test_a_move_that_stops_anywhere_is_completed(opened: Opened, engine_of: str) -> None:
+    """
+    Before or after any statement the worker is gone: the next one completes what was begun.
+
+    Before it does, others insert rows, among them one that is there already.
+    """
+    rows = [row(f"m{n % 4}", f"a{n % 2}", n % 4, ver=1) for n in range(6)]
+    late = [row("late", "a1", 9, ver=1), rows[1]]
+    for place, after in [(place, after) for place in range(len(MOVING)) for after in (0, 1)]:
+        opened.client.command("DROP TABLE IF EXISTS events SYNC")
+        opened.table(f"{EVENTS}, ver UInt64", BY_OWNER, KEYED, engine_of)
+        opened.rows(*rows)
+        sink = opened.sink()
+        _stop_at(sink, MOVING[place], after)
+        with pytest.raises(_Interrupted):
+            sink.apply(plan_updates([owner(1, "u1", device("a1"))]))
+        opened.rows(*late)
+
+        opened.apply(owner(2, "u2", device("a1")))
+
+        final = "" if engine_of == "MergeTree" else "FINAL"
+        found = opened.client.query(f"SELECT message_id, user_id FROM events {final}").result_rows
+        expected = [
+            (each["message_id"], "u2" if each["anonymous_id"] == "a1" else None)
+            for each in [*rows, *late]
+        ]
+        expected = expected if engine_of == "MergeTree" else list({*expected})
+        assert sorted(found, key=str) == sorted(expected, key=str), (MOVING[place], after)
+        assert [name for name in opened.made() if "broken" not in name] == []
+
+
+def _stop_at(sink: Any, pattern: str, after: int) -> None:
+    """The sink goes no further than this statement, before it or after it."""
+    server = sink._server
+
+    def run(statement: Any, *args: Any, **more: Any) -> None:
+        here = statement.render()[0].startswith(pattern)
+        if here and not after:
+            raise _Interrupted
+        type(server).run(server, statement, *args, **more)
+        if here:
+            raise _Interrupted
+
+    server.run = run
+
+
+def test_rows_that_come_while_others_are_moved_stay(opened: Opened) -> None:
+    """After each statement somebody inserts a row: none is lost, and again moves it too."""
+    opened.table(rest=BY_OWNER, settings=KEYED)
+    opened.rows(*(row(f"m{n}", "a1", n) for n in range(5)))
+    sink = opened.sink()
+    came = 0
+
+    def run(statement: Any, *args: Any, **kw: Any) -> None:
+        nonlocal came
+        type(sink._server).run(sink._server, statement, *args, **kw)
+        opened.rows(row(f"new{came}", "a1", 1))
+        came += 1
+
+    sink._server.run = run
+    sink.apply(plan_updates([owner(1, "u1", device("a1"))]))
+    del sink._server.run
+    found = opened.client.query("SELECT count(), uniqExact(message_id) FROM events").result_rows
+    sink.apply(plan_updates([owner(1, "u1", device("a1"))]))
+
+    assert found == [(5 + came, 5 + came)]
+    assert set(opened.column("user_id").values()) == {"u1"}
 
 
 def test_a_forced_strategy_that_is_not_possible_says_what_makes_it_so(opened: Opened) -> None:
@@ -689,6 +865,7 @@ class _Case(NamedTuple):
     key: str
     strategy: str
     versioned: bool
+    twice: bool
     seed: int
 
 
@@ -698,16 +875,25 @@ def _cases(draw: st.DrawFn) -> _Case:
         st.sampled_from(["MergeTree", "ReplacingMergeTree(ver)", "CollapsingMergeTree(sign)"])
     )
     numbered = draw(st.booleans())
-    strategies = ["auto", "alter", *(["update"] if numbered else [])]
-    if engine.startswith("Replacing"):
-        strategies.append("insert")
+    versioned = draw(st.booleans())
+    movable = numbered and not engine.startswith("Collapsing")
+    key = draw(st.sampled_from(["message_id", "toDate(timestamp), message_id"]))
+    if movable and draw(st.booleans()):
+        key = f"{'user_id' if versioned else 'stitched_user_id'}, {key}"
+        strategies = ["auto", "delete-and-insert"]
+    else:
+        strategies = ["auto", "alter", *(["update"] if numbered else [])]
+        strategies += ["delete-and-insert"] if movable else []
+        if engine.startswith("Replacing"):
+            strategies.append("insert")
     return _Case(
         engine,
-        NUMBERED if numbered else "index_granularity = 8192",
+        KEYED if numbered else "index_granularity = 8192",
         draw(st.sampled_from(["Nullable(String)", "String", "LowCardinality(Nullable(String))"])),
-        draw(st.sampled_from(["message_id", "toDate(timestamp), message_id"])),
+        key,
         draw(st.sampled_from(strategies)),
-        draw(st.booleans()),
+        versioned,
+        draw(st.booleans()) and engine == "MergeTree",
         draw(st.integers(0, 10**6)),
     )
 
@@ -750,6 +936,8 @@ def _check_case(opened: Opened, case: _Case) -> None:
         for n in range(4)
         for t in range(8)
     ]
+    if case.twice:
+        rows += random.sample(rows, 6)
     random.shuffle(rows)
     window = _any_window(random, case.versioned)
     opened.rows(*rows[:20])
@@ -769,7 +957,10 @@ def _check_case(opened: Opened, case: _Case) -> None:
     sink.apply(plan_updates(window))
 
     final = "" if case.engine == "MergeTree" else "FINAL"
-    assert opened.column(column, final) == _any_expected(rows, window, column, empty), case
+    expected = _any_expected(rows, window, column, empty)
+    found = opened.client.query(f"SELECT message_id, {column} FROM events {final}").result_rows
+    wanted = [(each["message_id"], expected[each["message_id"]]) for each in rows]
+    assert sorted(found, key=str) == sorted(wanted, key=str), case
     assert sink.apply(plan_updates(window)).rows_changed == 0
     assert opened.made() == []
 

@@ -7,6 +7,8 @@ import pytest
 from recognition.sinks.clickhouse_cost import (
     ALTER,
     INSERT,
+    MOVE,
+    STRATEGIES,
     UPDATE,
     Partition,
     Work,
@@ -57,6 +59,7 @@ def partitions(matched: float, count: int = 12, cold: bool = True) -> list[Parti
         (INSERT, "never", 0.002, 12, 3.15),
         (INSERT, "never", 0.2, 12, 9.57),
         (INSERT, "never", 2.0, 12, 29.1),
+        (MOVE, "never", 0.2, 12, 14.2),
     ],
 )
 def test_the_model_is_near_what_was_measured(
@@ -150,7 +153,7 @@ def test_without_a_strategy_there_is_no_choice() -> None:
         columns=1,
         column_share=0.1,
         key_share=0.1,
-        unavailable=dict.fromkeys((UPDATE, ALTER, INSERT), "no"),
+        unavailable=dict.fromkeys(STRATEGIES, "no"),
     )
 
     with pytest.raises(ValueError, match="no strategy"):

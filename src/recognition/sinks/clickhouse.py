@@ -72,6 +72,7 @@ from recognition.sinks import Applied, AppliedStep, Capabilities
 from recognition.sinks.clickhouse_cost import (
     ALTER,
     INSERT,
+    MOVE,
     STRATEGIES,
     UPDATE,
     Choice,
@@ -83,16 +84,19 @@ from recognition.sinks.clickhouse_statements import (
     CEILING,
     DAY,
     FLOOR,
+    MOVED,
     PLAIN,
     SECOND,
     STAGE,
     Fragment,
+    Moved,
     Name,
     Parameter,
     Stage,
     Statements,
     Table,
     join,
+    partitions_aside,
     quote,
     read_column,
     sql,
@@ -500,9 +504,118 @@ class ClickhouseSink:
             changed += self._count(table, aside)
             if changed:
                 self._write(statements.insert_whole(aside))
+        if choice.partitions(MOVE):
+            changed += self._move(window, statements)
         for partition in choice.apply:
             self._mutate(window, table, statements.apply_patches(partition))
         return changed
+
+    # Rows that get another key ------------------------------------------------------------------
+
+    def _move(self, window: _Window, statements: Statements) -> int:
+        """
+        Insert the rows that change under their new keys, and delete the old ones; how many.
+
+        They are put aside first, each with what the old row is known by. When the table that holds
+        them gets its lasting name, the move has begun: from then on whoever has the lock of the
+        target completes it, before anything else.
+        """
+        table = statements.table
+        aside = window.name(table, "moved")
+        self._server.run(statements.create_moved(aside))
+        self._server.run(statements.select_moved(aside))
+        partitions = [str(p) for (p,) in self._server.rows(partitions_aside(table, aside))]
+        moved = Moved(table, aside, table.writable, partitions)
+        [[count, known]] = self._server.rows(moved.count_aside())
+        if not count:
+            return 0
+        [[old]] = self._server.rows(moved.count_old())
+        if known < count or old > count:
+            raise TableError(
+                f"table {table.parts[1]!r}: several rows have the same _block_number and"
+                " _block_offset, so that old rows cannot be told from others; nothing of this step"
+                " was written. Parts that came from another table have such numbers"
+            )
+        lasting = Name(aside.replace(STAGE, MOVED, 1).removesuffix("moved") + _suffix(table))
+        self._server.run(
+            sql("RENAME TABLE % TO %", table.beside(aside), table.beside(lasting)), writes=True
+        )
+        self._complete_move(window, table, lasting)
+        return int(count)
+
+    def _complete_move(self, window: _Window, table: Table, name: Name) -> None:
+        """Insert what is not there yet, delete what is old, and forget both."""
+        there = {
+            str(column)
+            for (column,) in self._server.rows(
+                sql(
+                    "SELECT name FROM system.columns WHERE database = % AND table = %",
+                    Parameter("String", table.parts[0]),
+                    Parameter("String", name),
+                )
+            )
+        }
+        partitions = [str(p) for (p,) in self._server.rows(partitions_aside(table, name))]
+        columns = [column for column in table.writable if column in there]
+        moved = Moved(table, name, columns, partitions)
+        self._write(
+            moved.insert(_lock_name(table), Name(f"w_{window.id}")),
+            {
+                # Whoever sends it again while it runs is refused (error 216), so that it cannot
+                # insert twice; the client does so where it loses a connection.
+                "query_id": f"{name}_{secrets.token_hex(4)}",
+                # A block that was inserted before with the same rows is none that may be left out.
+                "insert_deduplicate": 0,
+                "max_partitions_per_insert_block": 0,
+                # Rows of one key stand in the order in which they came.
+                "max_insert_threads": 1,
+            },
+        )
+        self._mutate(
+            window, table, moved.delete(), {"lightweight_delete_mode": "lightweight_update_force"}
+        )
+        [[old]] = self._server.rows(moved.count_old())
+        if old:
+            raise SinkUnavailableError(
+                f"table {table.parts[1]!r}: {old} rows that were inserted under another key are"
+                " still there under the old one; applying the same again deletes them"
+            )
+        self._server.run(sql("DROP TABLE IF EXISTS % SYNC", table.beside(name)))
+
+    def _complete_moves(self, window: _Window, table: Table) -> None:
+        """
+        Complete the moves that others have left, now that the lock is ours.
+
+        A statement of theirs may still run: it is waited for. What they begin from now on fails,
+        because the lock is not theirs, or does nothing, because it was done.
+        """
+        deadline = time.monotonic() + self._timeout
+        delay = 0.05
+        while True:
+            [[names, running]] = self._server.rows(
+                sql(
+                    "SELECT (SELECT groupArray(name) FROM system.tables WHERE database = %"
+                    " AND startsWith(name, %) AND endsWith(name, %)), (SELECT count()"
+                    " FROM system.processes WHERE position(query, 'recognition_moved_') > 0"
+                    " AND position(query, %) > 0 AND position(query, 'system.processes') = 0)",
+                    Parameter("String", table.parts[0]),
+                    Parameter("String", MOVED),
+                    Parameter("String", _suffix(table)),
+                    Parameter("String", _suffix(table)),
+                )
+            )
+            if not running:
+                break
+            if time.monotonic() + delay > deadline:
+                raise SinkUnavailableError(
+                    f"table {table.parts[1]!r}: rows are still being moved to another key by a"
+                    " statement of a worker that is gone; nothing was written"
+                )
+            time.sleep(delay)
+            delay = min(2 * delay, 2.0)
+        for name in sorted(str(name) for name in names):
+            _log.info("window %s completes what %s has left", window.id, name)
+            self._complete_move(window, table, Name(name))
 
     def _statements(self, statements: Statements, choice: Choice, every: bool) -> list[Fragment]:
         """What `_change` sends for a choice, as far as it is known before the run."""
@@ -516,6 +629,12 @@ class ClickhouseSink:
         if choice.partitions(INSERT):
             aside = Name(f"{STAGE}1_whole")
             sent += [statements.select_whole(aside), statements.insert_whole(aside)]
+        if moving := choice.partitions(MOVE):
+            aside = Name(f"{STAGE}1_moved")
+            moved = Moved(statements.table, aside, statements.table.writable, moving)
+            lock = _lock_name(statements.table)
+            sent += [statements.select_moved(aside), moved.insert(lock, Name("w_1"))]
+            sent.append(moved.delete())
         return sent + [statements.apply_patches(partition) for partition in choice.apply]
 
     def _count(self, table: Table, name: Name) -> int:
@@ -538,9 +657,16 @@ class ClickhouseSink:
             time.sleep(delay)
             delay = min(2 * delay, 5.0)
 
-    def _mutate(self, window: _Window, table: Table, statement: Fragment) -> None:
+    def _mutate(
+        self,
+        window: _Window,
+        table: Table,
+        statement: Fragment,
+        more: Mapping[str, object] | None = None,
+    ) -> None:
         """Send a mutation or lightweight update and wait for it; kill it where it fails."""
         settings: dict[str, object] = {"mutations_sync": 2 if table.replicated else 1}
+        settings.update(more or {})
         for name in ("enable_lightweight_update", "allow_experimental_lightweight_update"):
             if self._server.settings.get(name) == "0":
                 settings[name] = 1
@@ -623,6 +749,8 @@ class ClickhouseSink:
                 locked.append(table)
             if left:
                 self._sweep(left, now)
+            for table in tables:
+                self._complete_moves(window, table)
             yield window
         except SinkError as error:
             if not error.retryable and any(self._holder(t) != window.id for t in locked):
@@ -1164,18 +1292,21 @@ class ClickhouseSink:
                     f"{', '.join(map(repr, in_key))} is in a key of the table or its version"
                 )
         version = self._server.version
-        if version < _FIRST_WITH_UPDATE:
-            unavailable.setdefault(
-                UPDATE, f"the server is {'.'.join(map(str, version))}; it is there from 25.7 on"
-            )
         needed = ("enable_block_number_column", "enable_block_offset_column")
-        if not all(table.enabled(setting, defaults) for setting in needed):
-            unavailable.setdefault(
-                UPDATE,
+        in_place = ""
+        if version < _FIRST_WITH_UPDATE:
+            in_place = f"the server is {'.'.join(map(str, version))}; it is there from 25.7 on"
+        elif not all(table.enabled(setting, defaults) for setting in needed):
+            in_place = (
                 "the table does not number its rows; run: ALTER TABLE "
                 f"{'.'.join(map(quote, table.parts))} MODIFY SETTING "
-                + ", ".join(f"{setting} = 1" for setting in needed),
+                + ", ".join(f"{setting} = 1" for setting in needed)
             )
+        if in_place:
+            unavailable.setdefault(UPDATE, in_place)
+        # The old rows are deleted in place, so that it needs what an update does.
+        if immovable := in_place or _immovable(table):
+            unavailable[MOVE] = immovable
         if table.replicated:
             unavailable.setdefault(
                 ALTER, "each replica would look up its own copy of the staged rows"
@@ -1217,11 +1348,14 @@ class ClickhouseSink:
                 f" {work.unavailable[self._forced]} ({others})"
             )
         if not possible:
-            reasons = "; ".join(f"{name}: {why}" for name, why in work.unavailable.items())
+            by_reason: defaultdict[str, list[str]] = defaultdict(list)
+            for name, why in work.unavailable.items():
+                by_reason[why].append(name)
+            reasons = "; ".join(f"{', '.join(names)}: {why}" for why, names in by_reason.items())
             raise TableError(
-                f"table {table.parts[1]!r}: no strategy is possible ({reasons}). Set a column that"
-                " is in no key: with --target-column, or by a table whose ORDER BY and PARTITION BY"
-                " do not name it"
+                f"table {table.parts[1]!r}: no strategy is possible ({reasons}). Let {MOVE} be"
+                " possible, or set a column that is in no key: with --target-column, or by a table"
+                " whose ORDER BY and PARTITION BY do not name it"
             )
         return self._forced
 
@@ -1550,6 +1684,22 @@ def refuse_engine(engine: str, full: str) -> str:
     return ""
 
 
+def _immovable(table: Table) -> str:
+    """Why rows of the table cannot be inserted again and deleted, or ``""``."""
+    engine = table.engine.removeprefix("Replicated").removeprefix("Shared")
+    if engine != "MergeTree" and not (table.replacing and table.arguments):
+        return (
+            f"a row of a {engine} may be merged with others before a crash is mended; only in a"
+            " MergeTree, and in a ReplacingMergeTree with a version, can be told whether a row was"
+            " inserted"
+        )
+    if table.views:
+        return "a materialized view would take the rows a second time"
+    if table.projections:
+        return "rows of a table with projections cannot be deleted in place"
+    return ""
+
+
 def _wanted_type(shape: Shape, name: str) -> str:
     """As what a column that is missing should be made."""
     if name in shape.times or name in (shape.messages or ())[1:]:
@@ -1591,9 +1741,14 @@ def _lock_name(table: Table) -> Name:
     return Name(f"{_LOCK}{blake2b(content.encode(), digest_size=8).hexdigest()}")
 
 
+def _suffix(table: Table) -> str:
+    """By what the lock of a table, and rows of it that are being moved, are known."""
+    return _lock_name(table).removeprefix(_LOCK)
+
+
 def _mark(table: Table, holder: str) -> Name:
     """What the table's lock is called when this window has it no more."""
-    return Name(f"{_BROKEN}{holder}_{_lock_name(table).removeprefix(_LOCK)}")
+    return Name(f"{_BROKEN}{holder}_{_suffix(table)}")
 
 
 def _code_of(reason: str) -> str:

@@ -22,8 +22,10 @@ UPDATE = "update"
 ALTER = "alter"
 #: ``INSERT .. SELECT`` of the whole rows with a higher version, into a ReplacingMergeTree.
 INSERT = "insert"
+#: The whole rows again, under the key that they will have, and then the old ones are deleted.
+MOVE = "delete-and-insert"
 
-STRATEGIES = (UPDATE, ALTER, INSERT)
+STRATEGIES = (UPDATE, ALTER, INSERT, MOVE)
 
 # A statement's own cost: analysis, snapshot, commit, and that of the staged rows' tables.
 _START = 0.3
@@ -38,6 +40,8 @@ _UPDATE_CHANGED = 0.5
 _APPLY_COLUMN, _APPLY_CHANGED = 0.067, 0.2
 # Whole rows: all columns of the granules that hold one, merged by FINAL, and written.
 _WHOLE_READ, _FINAL, _WHOLE_CHANGED = 0.6, 0.2, 10.8
+# Rows that are moved are found again by their numbers: to look for new ones, to delete, to verify.
+_MOVE_SCAN = 0.12
 # Patches of the format v2 hold the sorting key, per megabyte that its columns have compressed.
 _V2_MEGABYTE = 0.007
 
@@ -161,7 +165,8 @@ def choose(work: Work, partitions: Sequence[Partition], forced: str | None = Non
             chosen = {p.id: _cheaper(work, p) for p in partitions}
             if len({*chosen.values()}) > 1:
                 reason = "each partition has what costs the least"
-    apply = tuple(p.id for p in partitions if chosen[p.id] == UPDATE and _applies(work, p))
+    patching = (UPDATE, MOVE)
+    apply = tuple(p.id for p in partitions if chosen[p.id] in patching and _applies(work, p))
     return Choice(by_partition=chosen, apply=apply, estimates=estimates, reason=reason)
 
 
@@ -214,5 +219,6 @@ def _cost(work: Work, partition: Partition, strategy: str) -> tuple[float, float
         return cpu, column_bytes + patch_bytes
     granules = max(partition.rows / _GRANULE, 1.0)
     touched = 1 - math.exp(-matched / _VISIT / granules)
-    cpu = (_SCAN + _FINAL + _WHOLE_READ * touched) * rows + _WHOLE_CHANGED * changed
+    again = _FINAL if strategy == INSERT else _MOVE_SCAN
+    cpu = (_SCAN + again + _WHOLE_READ * touched) * rows + _WHOLE_CHANGED * changed
     return cpu, 2 * partition.bytes * matched / max(partition.rows, 1)

@@ -22,6 +22,9 @@ from recognition.sinks.rows import Column, Spared, Target, convert, fills
 #: What every table that is made for one window is called, before the window's id.
 STAGE = "recognition_stage_"
 
+#: Rows on their way to another key, before the window's id: they outlive the window if need be.
+MOVED = "recognition_moved_"
+
 #: Microseconds of an interval's missing start, and of its missing end.
 FLOOR, CEILING = -(2**63), 2**63 - 1
 
@@ -773,6 +776,121 @@ class Statements:
             columns,
             self.table.beside(name),
         )
+
+    def create_moved(self, name: Name) -> Fragment:
+        """A table for whole rows, each with what the old one is known by."""
+        columns = [
+            sql("% %", Name(column), sql_type(self.table.column(column).declared))
+            for column in self.table.writable
+        ]
+        columns += [sql("% %", name, sql_type(kind)) for name, kind in _MOVED_COLUMNS]
+        return sql(
+            "CREATE TABLE % (%) ENGINE = MergeTree ORDER BY tuple()",
+            self.table.beside(name),
+            join(", ", columns),
+        )
+
+    def select_moved(self, name: Name) -> Fragment:
+        """The rows that change, as they are stored and as they will be, put aside."""
+        wanted = {column.name: to for column, to in self.values()}
+        columns = [wanted.get(c, sql("%", Name(c))) for c in self.table.writable]
+        # From this block number on, by partition, the rows came later than what is put aside.
+        floors = sql(
+            "(SELECT mapFromArrays(groupArray(id), groupArray(last + 1)) FROM (SELECT partition_id"
+            " AS id, toUInt64(max(max_block_number)) AS last FROM system.parts"
+            " WHERE database = % AND table = % GROUP BY id))",
+            Parameter("String", self.table.parts[0]),
+            Parameter("String", self.table.parts[1]),
+        )
+        return sql(
+            "INSERT INTO % (%, %) SELECT %, %, % FROM % WHERE %",
+            self.table.beside(name),
+            join(", ", [sql("%", Name(column)) for column in self.table.writable]),
+            join(", ", [sql("%", name) for name, _ in _MOVED_COLUMNS]),
+            join(", ", columns),
+            _NUMBERS,
+            floors,
+            self.table.named(),
+            _all([*self.selects(), *self.lacks()]),
+        )
+
+
+#: What a row is known by: https://clickhouse.com/docs/engines/table-engines#table_engines-virtual_columns
+_NUMBERS = sql("_partition_id, _block_number, _block_offset")
+
+_MOVED_COLUMNS: Sequence[tuple[Name, str]] = (
+    (Name("recognition_partition"), "String"),
+    (Name("recognition_block"), "UInt64"),
+    (Name("recognition_offset"), "UInt64"),
+    (Name("recognition_floor"), "Map(String, UInt64)"),
+)
+
+
+class Moved:
+    """
+    How rows that were put aside are moved: inserted where they are not yet, then the old deleted.
+
+    Either statement may be sent any number of times, after a crash by another worker too. A row
+    whose old one is gone is not inserted: it was, before the old one was deleted, or somebody
+    deleted it. Of rows that are the same in all columns so many are inserted as are missing.
+
+    Args:
+        name: Where they were put aside.
+        columns: Those of the table that were put aside too.
+        partitions: In which the old ones are.
+    """
+
+    def __init__(
+        self, table: Table, name: Name, columns: Sequence[str], partitions: Sequence[str]
+    ) -> None:
+        self._table, self._aside = table, table.beside(name)
+        self._columns = join(", ", [sql("%", Name(column)) for column in columns])
+        self._partitions = Parameter("Array(String)", list(partitions))
+        self._old = join(", ", [sql("%", name) for name, _ in _MOVED_COLUMNS[:3]])
+
+    def insert(self, lock: Name, held: Name) -> Fragment:
+        """
+        Insert what is missing.
+
+        It fails where the lock is another's, because that has no column of the name of ours.
+        """
+        row = sql("sipHash128(formatRow('RowBinary', %))", self._columns)
+        return sql(
+            "INSERT INTO % (%) SELECT % FROM (SELECT *, row_number() OVER (PARTITION BY"
+            " recognition_row ORDER BY %) AS recognition_nth FROM (SELECT *, % AS recognition_row"
+            " FROM %) WHERE (%) IN (SELECT % FROM % WHERE _partition_id IN %)) AS aside"
+            " LEFT JOIN (SELECT % AS recognition_row, count() AS recognition_there FROM %"
+            " PREWHERE _block_number >= (SELECT any(recognition_floor) FROM %)[_partition_id]"
+            " GROUP BY recognition_row) AS there ON aside.recognition_row = there.recognition_row"
+            " WHERE recognition_nth > recognition_there AND (SELECT count(%) FROM %) = 0"
+            " ORDER BY %",
+            *(self._table.named(), self._columns, self._columns, self._old, row, self._aside),
+            *(self._old, _NUMBERS, self._table.named(), self._partitions),
+            *(row, self._table.named(), self._aside, held, self._table.beside(lock), self._old),
+        )
+
+    def _is_old(self) -> Fragment:
+        return sql(
+            "_partition_id IN % AND (%) IN (SELECT % FROM %)",
+            *(self._partitions, _NUMBERS, self._old, self._aside),
+        )
+
+    def delete(self) -> Fragment:
+        """https://clickhouse.com/docs/sql-reference/statements/delete"""
+        return sql("DELETE FROM % WHERE %", self._table.named(), self._is_old())
+
+    def count_old(self) -> Fragment:
+        """How many of the old rows are still there."""
+        return sql("SELECT count() FROM % WHERE %", self._table.named(), self._is_old())
+
+    def count_aside(self) -> Fragment:
+        """How many rows were put aside, and how many of them differ in what they are known by."""
+        return sql("SELECT count(), uniqExact(%) FROM %", self._old, self._aside)
+
+
+def partitions_aside(table: Table, name: Name) -> Fragment:
+    """From which partitions rows were put aside."""
+    return sql("SELECT DISTINCT recognition_partition FROM %", table.beside(name))
 
 
 def _staged_text(table: Table, column: Column) -> Fragment:
