@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -26,6 +27,11 @@ from recognition.planner import Plan, plan_updates
 from recognition.sinks import Applied, open_sink
 from recognition.testing.sinks import device, row, unknown, update
 from sink_races import expect, make_plans, make_rows, make_window
+
+every = pytest.mark.skipif(
+    os.environ.get("RECOGNITION_TEST_CLICKHOUSE") != "all",
+    reason="RECOGNITION_TEST_CLICKHOUSE=all runs it",
+)
 
 COLUMNS = (
     "message_id String, anonymous_id Nullable(String), user_id Nullable(String),"
@@ -56,6 +62,22 @@ def client(server: Server) -> Iterator[Any]:
     client.command(f"CREATE TABLE test.events ({COLUMNS}) {SETTINGS}")
     yield client
     client.close()
+
+
+KEYED = (
+    "ENGINE = MergeTree PARTITION BY toYYYYMMDD(timestamp)"
+    " ORDER BY (user_id, stitched_user_id, message_id)"
+    " SETTINGS enable_block_number_column = 1, enable_block_offset_column = 1,"
+    " allow_nullable_key = 1"
+)
+
+
+@pytest.fixture
+def keyed(client: Any) -> Any:
+    """The same, with the table sorted by what is set."""
+    client.command("DROP TABLE test.events SYNC")
+    client.command(f"CREATE TABLE test.events ({COLUMNS}) {KEYED}")
+    return client
 
 
 @pytest.fixture(autouse=True)
@@ -237,6 +259,58 @@ def test_a_worker_that_dies_is_cleaned_up_after(
     assert left(client) == []
 
 
+@pytest.mark.parametrize(
+    ("pattern", "kind"),
+    [
+        ("INSERT INTO `test`.`events`", "drop"),
+        ("INSERT INTO `test`.`events`", "cut"),
+        ("DELETE FROM", "cut"),
+        pytest.param("DELETE FROM", "drop", marks=every),
+        pytest.param("RENAME TABLE", "drop", marks=every),
+        pytest.param("RENAME TABLE", "cut", marks=every),
+    ],
+)
+def test_a_connection_that_is_cut_while_rows_are_moved(
+    server: Server, keyed: Any, pattern: str, kind: str
+) -> None:
+    """Whether the driver sends a statement again or not: each row is there once."""
+    fill(keyed, [row("m1", "a1", 1), row("m2", "a2", 2), row("m1", "a1", 1)])
+    sink = open_sink(server.url("test"), timeout=30)
+    server.fault(kind, pattern)
+
+    applied = apply_as_a_worker(sink, plan_updates([owner(2, "u1")]))
+    again = sink.apply(plan_updates([owner(2, "u1")]))
+    sink.close()
+
+    found = keyed.query("SELECT message_id, user_id FROM test.events ORDER BY 1").result_rows
+    assert server.faulted()
+    assert found == [("m1", "u1"), ("m1", "u1"), ("m2", None)]
+    assert (applied.rejected, again.rows_changed, again.rows_matched) == ((), 0, 2)
+    assert left(keyed) == []
+
+
+@pytest.mark.parametrize("pattern", ["INSERT INTO `test`.`events`", "DELETE FROM"])
+def test_a_worker_that_dies_while_it_moves_rows(server: Server, keyed: Any, pattern: str) -> None:
+    """SIGKILL between the new rows and the old ones: the next worker completes the move."""
+    random = Random(5)
+    window = make_window(random, "events", True, size=30)
+    fill(keyed, make_rows())
+    with Worker(server.url("test")) as worker:
+        server.fault("hang", pattern)
+        worker.begin([window])
+        while not server.faulted():
+            time.sleep(0.02)
+        worker.kill()
+
+    sink = open_sink(server.url("test"), timeout=30)
+    apply_as_a_worker(sink, plan_updates(window))
+    sink.close()
+
+    assert keyed.query("SELECT count() FROM test.events").result_rows == [(len(make_rows()),)]
+    assert users(keyed) == expect(window)
+    assert left(keyed) == []
+
+
 def test_a_worker_that_only_slept_cannot_write_any_more(server: Server, client: Any) -> None:
     """Its lock was broken and its staged rows are gone: its statement fails, and may be retried."""
     fill(client, [row("m1", "a1", 1), row("m2", "a2", 1)])
@@ -259,12 +333,17 @@ def test_a_worker_that_only_slept_cannot_write_any_more(server: Server, client: 
     assert left(client) == []
 
 
-@pytest.mark.parametrize("versioned", [True, False])
+@pytest.mark.parametrize(
+    ("versioned", "settings"),
+    [(True, SETTINGS), (False, SETTINGS), pytest.param(True, KEYED, marks=every)],
+)
 def test_workers_that_race_leave_what_the_last_update_says(
-    server: Server, client: Any, versioned: bool
+    server: Server, client: Any, versioned: bool, settings: str
 ) -> None:
     """Two workers with a part of the updates each, in any order and plans of any size."""
     random = Random(11)
+    client.command("DROP TABLE test.events SYNC")
+    client.command(f"CREATE TABLE test.events ({COLUMNS}) {settings}")
     window = make_window(random, "events", versioned, size=40)
     fill(client, make_rows())
     halves = [make_plans(random, window[n::2]) for n in range(2)]
@@ -276,6 +355,7 @@ def test_workers_that_race_leave_what_the_last_update_says(
         other.end()
 
     column = "user_id" if versioned else "stitched_user_id"
+    assert client.query("SELECT count() FROM test.events").result_rows == [(len(make_rows()),)]
     assert users(client, column) == expect(window)
     assert left(client) == []
 
