@@ -454,6 +454,18 @@ def test_what_was_left_alone_is_said(read_yaml: Callable[..., Destinations]) -> 
     assert "Identity Stitching" in lacking[0]
 
 
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [("[::1]:8124", "[::1]:8124"), ("[fe80::2]", "[fe80::2]:8123"), ("ch1", "ch1:8123")],
+)
+def test_a_host_of_clickhouse_may_be_an_address(host: str, shown: str) -> None:
+    """An address of IPv6 stands in brackets, with a port or without."""
+    credentials = {"protocol": "http", "hosts": [host], "username": "u"}
+    raw = {"type": "clickhouse", "credentials": credentials}
+
+    assert read_env(CH=raw).known["CH"].url == f"clickhouse://u@{shown}/default"
+
+
 def test_a_key_pair_of_snowflake_is_handed_on() -> None:
     """The private key goes to the connector in DER; a wrong passphrase is said, not shown."""
     from cryptography.hazmat.primitives import serialization
@@ -699,6 +711,7 @@ class Bulker(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _BulkerRequest)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.faults: list[int | str] = []
+        self.retry_after = "0"
         self.requests: list[tuple[str, dict[str, list[str]]]] = []
         self.queued: list[tuple[str, dict[str, Any]]] = []
         self.write: Callable[[str, list[dict[str, Any]], list[str]], None] = lambda *_: None
@@ -722,7 +735,7 @@ class _BulkerRequest(BaseHTTPRequestHandler):
         self.server.requests.append((route, query))
         fault = self.server.faults.pop(0) if self.server.faults else 0
         if isinstance(fault, int) and fault:
-            return self._answer(fault, {"error": "no"}, {"Retry-After": "0"})
+            return self._answer(fault, {"error": "no"}, {"Retry-After": self.server.retry_after})
         status, answer = self._handle(route, destination, query, body)
         if fault == "cut":
             self.close_connection = True
@@ -847,6 +860,44 @@ def test_a_bulker_that_is_down_is_told(bulker: Bulker, client: BulkerClient) -> 
     assert gone.value.retryable
 
 
+@pytest.mark.parametrize("status", [500, 502, 504])
+def test_what_may_have_happened_says_so(bulker: Bulker, client: BulkerClient, status: int) -> None:
+    """An answer from the middle of the way does not say that nothing was written."""
+    bulker.faults = [status] * 5
+    with pytest.raises(OutcomeUnknownError, match=str(status)) as keyless:
+        client.bulk("pg", "events", [{"id": 1}])
+    requests = len(bulker.requests)
+    bulker.faults = [status] * 5
+    with pytest.raises(OutcomeUnknownError, match=str(status)):
+        client.post("pg", "events", {"id": 1})
+
+    assert keyless.value.written is None
+    assert (requests, len(bulker.requests)) == (1, 6)
+
+
+def test_nobody_is_sent_away_for_hours(
+    bulker: Bulker, client: BulkerClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ``Retry-After`` is heeded as far as a lease bears it."""
+    pauses: list[float] = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    bulker.faults = [503]
+    bulker.retry_after = "7200"
+    client.post("pg", "events", {"id": 1})
+
+    assert pauses == [60.0]
+
+
+def test_a_text_that_was_cut_in_a_character_is_sent(bulker: Bulker, client: BulkerClient) -> None:
+    """JSON may say half of a surrogate pair; what no JSON says is refused without its value."""
+    client.post("pg", "events", {"id": "\ud83d"})
+    with pytest.raises(InputError, match="no JSON") as refused:
+        client.post("pg", "events", {"secret": float("nan")})
+
+    assert bulker.queued == [("events", {"id": "\ud83d"})]
+    assert refused.value.__cause__ is None
+
+
 def test_rows_without_a_key_are_not_sent_twice(bulker: Bulker, client: BulkerClient) -> None:
     """Where nothing would tell doubles apart, a lost answer is an unknown outcome, and no retry."""
     written: list[object] = []
@@ -900,6 +951,7 @@ def test_a_mixed_stream_is_taken_apart() -> None:
             {"kind": "update_by_criteria", "version": 9},
             {"kind": "page", "message_id": "m3"},
             ["no object"],
+            row_of("m4", "a1", large="y" * MAX_ROW_BYTES),
         ],
         "events",
     )
@@ -910,7 +962,7 @@ def test_a_mixed_stream_is_taken_apart() -> None:
         "Signed Up": [row_of("m2", "a1")],
     }
     assert split.updates == [update]
-    assert [position for position, _ in split.rejected] == [3, 5]
+    assert [position for position, _ in split.rejected] == [3, 5, 6]
     assert isinstance(split.rejected[0][1], MessageError)
     assert "names no table" in str(nameless.rejected[0][1])
 

@@ -12,14 +12,16 @@ import json
 import logging
 import os
 import re
+import select
 import shutil
 import socket
 import subprocess
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -260,6 +262,14 @@ def test_without_a_right_key_nothing_is_taken(
     assert server.receiver.counts.requests == {401: 1}
 
 
+def test_half_of_a_character_is_no_key(server: Running, taken: Taken) -> None:
+    """JSON may hold half of a surrogate pair: refused like any other wrong key."""
+    status = server.post("/v1/page", b'{"messageId": "m1", "writeKey": "\\ud800"}', key=None)
+
+    assert status == 401
+    assert taken.events == []
+
+
 def test_the_key_is_nowhere_to_be_seen(
     server: Running, rejects: list[Reject], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -338,6 +348,33 @@ def test_a_body_without_a_declared_length_is_bounded(taken: Taken) -> None:
         connection.close()
 
     assert status == 413
+
+
+def many_with_context() -> bytes:
+    context = {f"k{n}": 1 for n in range(20_000)}
+    members = [{"context": {"x": 1}} for _ in range(20_000)]
+    return json.dumps({"batch": members, "context": context}).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [(many_with_context(), 400), (b'{"batch": [' + b"{}," * 200_000 + b"{}]}", 413)],
+    ids=["context of an envelope", "members"],
+)
+def test_a_small_body_does_not_fill_the_memory(
+    server: Running, taken: Taken, body: bytes, status: int
+) -> None:
+    """What takes a thousand times its bytes in memory is refused before it does."""
+    tracemalloc.start()
+    try:
+        found = server.post("/v1/batch", body)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert found == status
+    assert taken.events == []
+    assert peak < 200_000_000
 
 
 def test_one_bad_member_does_not_hold_the_others(
@@ -505,6 +542,44 @@ def test_a_body_that_does_not_come_is_not_waited_for(
 
     assert answer.startswith(b"HTTP/1.1 503 ")
     assert server.receiver.counts.waiting_bytes == 0
+
+
+@pytest.mark.parametrize("begin", [b"", b"POST /v1/batch HTTP/1.1\r\nHost: x\r\nX-", b"answered"])
+def test_a_connection_that_asks_nothing_is_closed(
+    taken: Taken, monkeypatch: pytest.MonkeyPatch, begin: bytes
+) -> None:
+    """It would be one of a thousand for ever; letter by letter is as good as nothing."""
+    monkeypatch.setattr("recognition.receiver._IDLE_SECONDS", 0.5)
+    with running(taken) as server:
+        url = urlsplit(server.receiver.url or "")
+        with socket.create_connection((url.hostname or "", url.port or 0), timeout=20) as idle:
+            if begin == b"answered":
+                idle.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert idle.recv(1_000).startswith(b"HTTP/1.1 200 ")
+                begin = b"GET /healthz HTTP/1.1\r\nX-"
+            idle.sendall(begin)
+            began = time.monotonic()
+            with suppress(OSError):  # of a socket that is closed
+                while time.monotonic() - began < 10 and not select.select([idle], [], [], 0.1)[0]:
+                    if begin:
+                        idle.sendall(b"a")
+            took = time.monotonic() - began
+
+    assert took < 5
+
+
+def test_what_is_asked_for_readiness_takes_no_thread_from_the_graph(taken: Taken) -> None:
+    """However many ask ``/readyz`` while what is behind does not answer, events are taken."""
+    go_on = threading.Event()
+    with running(taken, ready=lambda: go_on.wait(30)) as server, ThreadPoolExecutor(50) as pool:
+        asked = [pool.submit(server.get, "/readyz") for _ in range(50)]
+        time.sleep(0.3)
+        status = server.post("/v1/page", event("m1"))
+        waiting = [each.done() for each in asked]
+        go_on.set()
+
+    assert status == 200
+    assert not any(waiting)
 
 
 def test_whoever_waits_too_long_is_told(taken: Taken) -> None:

@@ -515,7 +515,11 @@ class _Clickhouse(_Credentials):
     def open_as(self, namespace: str | None) -> _Opening:
         if not self.hosts:
             raise ValueError("hosts is empty")
-        host, _, port = self.hosts[0].partition(":")
+        # An address of IPv6 stands in brackets where a port follows.
+        named = re.fullmatch(r"\[(.+)\](?::(.*))?|([^:]*)(?::([^:]*))?", self.hosts[0])
+        if named is None:
+            raise ValueError("hosts[0] is no HOST:PORT")
+        host, port = named[1] or named[3], named[2] or named[4] or ""
         secure = self.protocol in ("https", "clickhouse-secure")
         ignored = [f"hosts[{number}]" for number in range(1, len(self.hosts))]
         query = {"secure": "true"} if secure else {}
@@ -1008,6 +1012,9 @@ def _build_layout(where: str, options: _Options, table: Any) -> Layout:
 #: may have 1 MiB (``bulkerapp/app/router.go``).
 MAX_ROW_BYTES = 1_000_000
 
+#: The longest pause that a ``Retry-After`` makes, in seconds.
+MAX_RETRY_AFTER = 60.0
+
 #: A user function of Jitsu names an event's table under either of these keys.
 _TABLE_KEYS = ("JITSU_TABLE_NAME", "__JITSU_TABLE_NAME")
 
@@ -1017,7 +1024,7 @@ class BulkerClient:
     Talks to a Bulker server. Threads may share one.
 
     What passes (no connection, 429, 500, 502, 503, 504) is tried again with growing, jittered
-    pauses; a ``Retry-After`` of the server is heeded.
+    pauses; a ``Retry-After`` of the server is heeded, up to `MAX_RETRY_AFTER`.
 
     Args:
         url: Where it listens, such as ``http://bulker:3042``.
@@ -1043,7 +1050,15 @@ class BulkerClient:
         if not re.match(r"https?://[^/@]+(/|$)", url):
             raise ConfigurationError("the URL of a Bulker server begins with http:// or https://")
         self._url = url.rstrip("/")
-        self._retries = urllib3.Retry(
+
+        class Retry(urllib3.Retry):
+            """One that is not sent away for hours: whoever waits holds a lease."""
+
+            def get_retry_after(self, response: Any) -> float | None:
+                seconds = super().get_retry_after(response)
+                return None if seconds is None else min(seconds, MAX_RETRY_AFTER)
+
+        self._retries = Retry(
             total=attempts - 1,
             backoff_factor=pause,
             backoff_jitter=pause,
@@ -1082,10 +1097,11 @@ class BulkerClient:
             mode: Instead of the destination's own.
 
         Raises:
-            InputError: The row has more than `MAX_ROW_BYTES`; nothing was sent.
+            InputError: The row has more than `MAX_ROW_BYTES`, or is no JSON; nothing was sent.
             ConfigurationError: The token was refused, or there is no such destination.
             SinkUnavailableError: Bulker cannot be reached, or does not do it now.
-            OutcomeUnknownError: The connection went before the answer. Sending again is right.
+            OutcomeUnknownError: The connection went before the answer, or something failed on the
+                way to it (500, 502, 504). Sending again is right.
             SinkError: Bulker refused the row.
         """
         query = {"tableName": table}
@@ -1114,7 +1130,8 @@ class BulkerClient:
             where there were no rows.
 
         Raises:
-            OutcomeUnknownError: The connection went before the answer.
+            OutcomeUnknownError: The connection went before the answer, or something failed on the
+                way to it (500, 502, 504).
             SinkError: Bulker refused the rows; none of them was written. The other errors are those
                 of `post`.
         """
@@ -1201,8 +1218,13 @@ class BulkerClient:
             raise ConfigurationError("Bulker refused the token")
         if status == 404:
             raise ConfigurationError(f"Bulker knows no destination {destination}")
-        if status in (429, 500, 502, 503, 504):
+        if status in (429, 503):
             raise SinkUnavailableError(f"Bulker does not do it now: status {status}")
+        if status in (500, 502, 504):
+            raise OutcomeUnknownError(
+                f"Bulker, or what stands before it, failed: status {status}; the rows may have been"
+                " taken or not"
+            )
         # Bulker's own text is not shown: it may quote a row.
         raise SinkError(f"Bulker refused what was sent: status {status}; its log says why")
 
@@ -1211,7 +1233,16 @@ _LOST = "the connection to Bulker went before its answer came; the rows may have
 
 
 def _to_line(row: Mapping[str, Any]) -> bytes:
-    line = json.dumps(row, separators=(",", ":"), ensure_ascii=False).encode()
+    try:
+        text = json.dumps(row, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        try:
+            line = text.encode()
+        except UnicodeEncodeError:
+            # Half of a surrogate pair, as a text has that was cut: JSON can say it, UTF-8 cannot.
+            line = json.dumps(row, separators=(",", ":")).encode()
+    except (TypeError, ValueError, RecursionError):
+        # Their text may quote a value.
+        raise InputError("a row holds something that is no JSON") from None
     if len(line) > MAX_ROW_BYTES:
         raise InputError(f"a row has {len(line):,} bytes; Bulker takes {MAX_ROW_BYTES:,}")
     return line
@@ -1227,7 +1258,7 @@ class Split:
     #: Rows by table.
     rows: Mapping[str, Sequence[Mapping[str, Any]]]
     updates: Sequence[UpdateByCriteria]
-    #: The position of what is neither, from 0, and why.
+    #: The position of what is neither, or a row that Bulker does not take, from 0, and why.
     rejected: Sequence[tuple[int, InputError]]
 
 
@@ -1258,7 +1289,12 @@ def split_stream(objects: Iterable[object], table: str | None = None) -> Split:
                 rejected.append((position, InputError("the row names no table")))
             else:
                 row = {key: value for key, value in found.items() if key not in _TABLE_KEYS}
-                rows.setdefault(own, []).append(row)
+                try:
+                    _to_line(row)
+                except InputError as error:
+                    rejected.append((position, error))
+                else:
+                    rows.setdefault(own, []).append(row)
     return Split(rows=rows, updates=updates, rejected=rejected)
 
 
@@ -1268,7 +1304,7 @@ class Sent:
 
     rows: int
     applied: Applied
-    #: The position of what was neither row nor update, from 0, and why.
+    #: The position of what was neither row nor update, or a row too large, from 0, and why.
     unreadable: Sequence[tuple[int, InputError]]
     #: Updates that were not applied, by id, and why.
     refused: Sequence[tuple[str, RecognitionError]]
@@ -1310,7 +1346,6 @@ class MixedStream:
 
         Raises:
             SinkError: Bulker or the destination failed.
-            InputError: A row is too large; nothing of its table was sent.
         """
         split = split_stream(objects, self._table)
         count = 0

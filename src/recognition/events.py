@@ -1043,26 +1043,36 @@ def _render(member: object) -> bytes:
         return b"(nested too deeply)"
 
 
+# Members of the context of an envelope, over all of its events: a hundred megabytes.
+_MOST_COPIED = 1_000_000
+
+
 def expand_batch(body: object) -> list[object] | None:
     """
     Return the events of an array or of a batch envelope; None: the body is one event itself.
 
     The envelope's ``context`` is merged into that of its events, whose own members win
     (https://www.twilio.com/docs/segment/connections/sources/catalog/libraries/server/http-api).
-    Its ``sentAt`` is when they were sent.
+    Its ``sentAt`` is when they were sent. An envelope whose context has so many members, for so
+    many events, that it would fill the memory, is no batch.
     """
     if isinstance(body, list):
         return body
     if not isinstance(body, dict) or "messageId" in body or not isinstance(body["batch"], list):
         return None
     sent_at, outer = body.get("sentAt"), body.get("context")
+    copied = 0
     for member in body["batch"]:
         if isinstance(member, dict):
             if sent_at is not None and member.get("sentAt") is None:
                 member["sentAt"] = sent_at
             inner = member.get("context")
             if isinstance(outer, dict) and (inner is None or isinstance(inner, dict)):
-                member["context"] = {**outer, **(inner or {})}
+                if inner:
+                    copied += len(outer)
+                    if copied > _MOST_COPIED:
+                        return None
+                member["context"] = {**outer, **inner} if inner else outer
     return list(body["batch"])
 
 

@@ -27,7 +27,8 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
@@ -81,6 +82,16 @@ RETRY_AFTER = 2
 
 # For a whole body; the SDKs themselves give up after 15.
 _BODY_SECONDS = 30.0
+
+# Longer than proxies keep a connection, so that they close it first.
+_KEEP_ALIVE_SECONDS = 75
+
+# So long a connection may be without a request that is whole as far as its headers: uvicorn closes
+# those that it has answered, and keeps one that never asks, or asks letter by letter, for ever.
+_IDLE_SECONDS = 90.0
+
+# A member of a batch is an event only if it has more bytes; in memory an empty one has some 300.
+_LEAST_BYTES = 50
 
 # What a reject keeps of a body that is too long; as for lines of files.
 _KEPT_BYTES = 4 * 1024
@@ -288,8 +299,7 @@ class Receiver:
                 server_header=False,
                 lifespan="off",
                 ws="none",
-                # Longer than proxies keep a connection, so that they close it first.
-                timeout_keep_alive=75,
+                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
                 # Connections and requests; more are answered with 503.
                 limit_concurrency=1_000,
                 timeout_graceful_shutdown=round(self._patience) + 5,
@@ -299,7 +309,9 @@ class Receiver:
         self.counts.waiting_bytes = 0
         self._arrived = asyncio.Event()
         self._trouble = None
-        taking = asyncio.create_task(self._take_forever(take, stop))
+        # A thread of its own: those that all share may wait for `ready` or `metrics`.
+        pool = ThreadPoolExecutor(1, "recognition-receiver")
+        taking = asyncio.create_task(self._take_forever(pool, take, stop))
 
         async def watch() -> None:
             while not stop.is_set() and not taking.done():
@@ -307,20 +319,32 @@ class Receiver:
             self._trouble = _STOPPING
             server.should_exit = True
 
-        watching = asyncio.create_task(watch())
+        async def sweep() -> None:
+            idle: dict[Any, tuple[Any, float]] = {}
+            while True:
+                idle = _close_idle(server.server_state.connections, idle)
+                await asyncio.sleep(_IDLE_SECONDS / 90)
+
+        helpers = [asyncio.create_task(watch()), asyncio.create_task(sweep())]
         try:
             # Returns when the requests that were begun are answered.
             await server.serve(sockets=[listening])
         finally:
-            watching.cancel()
+            for helper in helpers:
+                helper.cancel()
             if not taking.done():
                 taking.cancel()
-        with suppress(asyncio.CancelledError):
+        try:
             await taking
+        except asyncio.CancelledError:
+            pass
+        finally:
+            # What is in the graph's hands is finished, too.
+            await asyncio.to_thread(pool.shutdown)
 
     # Taking ---------------------------------------------------------------------------------------
 
-    async def _take_forever(self, take: Take, stop: threading.Event) -> None:
+    async def _take_forever(self, pool: Executor, take: Take, stop: threading.Event) -> None:
         """Hand over what waits, one batch at a time; the next one gathers meanwhile."""
         while True:
             await self._arrived.wait()
@@ -334,7 +358,7 @@ class Receiver:
             if not self._queue:
                 self._arrived.clear()
             try:
-                taken = await self._offer(take, events, stop)
+                taken = await self._offer(pool, take, events, stop)
             except BaseException:
                 self._trouble = _STOPPING
                 self._finish([*batch, *self._queue], _RefusedError(503, _NOT_TAKEN))
@@ -345,13 +369,13 @@ class Receiver:
             self._finish(batch, None if taken else _RefusedError(503, _NOT_TAKEN))
 
     async def _offer(
-        self, take: Take, events: Sequence[dict[str, Any]], stop: threading.Event
+        self, pool: Executor, take: Take, events: Sequence[dict[str, Any]], stop: threading.Event
     ) -> bool:
         """Offer events until the graph has them; ``False``: it will not, or there is no time."""
         pause = 0.1
         while True:
             try:
-                await asyncio.to_thread(take, events)
+                await asyncio.get_running_loop().run_in_executor(pool, take, events)
             except GraphError as exc:
                 # Its text is written for logs; what the clients get says nothing of the inside.
                 _log.warning("the graph did not take %d events: %s", len(events), exc)
@@ -508,6 +532,8 @@ class Receiver:
             if kind in _BATCHES or not envelope:
                 raise _RefusedError(400, "the body is no batch" if kind in _BATCHES else "no event")
             members = [envelope]
+        if len(members) * _LEAST_BYTES > self._max_body:
+            raise _RefusedError(413, "the batch has too many members")
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         events = []
         for index, member in enumerate(members):
@@ -561,6 +587,29 @@ class _Server(uvicorn.Server):
         yield
 
 
+def _close_idle(
+    connections: Iterable[Any], before: Mapping[Any, tuple[Any, float]]
+) -> dict[Any, tuple[Any, float]]:
+    """
+    Close connections that have waited for a request too long.
+
+    Args:
+        connections: Of uvicorn; ``cycle`` is the request that is at work or was, if there was any.
+        before: What this gave the last time: since when each waits, and after which request.
+    """
+    now = time.monotonic()
+    waiting: dict[Any, tuple[Any, float]] = {}
+    for each in list(connections):
+        cycle = each.cycle
+        if cycle is not None and not cycle.response_complete:
+            continue
+        last, since = before.get(each, (cycle, now))
+        waiting[each] = (cycle, since if last is cycle else now)
+        if now - waiting[each][1] > _IDLE_SECONDS:
+            each.transport.close()
+    return waiting
+
+
 class _Held:
     """The bytes that one request holds, until they are handed over or given back."""
 
@@ -586,7 +635,8 @@ class _Held:
 
 
 def _hash(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+    # Of what JSON and headers give, half of a surrogate pair is no key, and no reason to fail.
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 
 def _key_of(request: Request) -> str | None:
