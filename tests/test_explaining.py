@@ -152,6 +152,21 @@ def test_a_shared_device_has_no_one_owner(recognizer: Recognizer) -> None:
     assert [span.owner for span in found.spans] == [None, "u1", "u2"]
 
 
+def test_persons_of_one_name_are_two(graph: Graph) -> None:
+    """A user who is called like the mail of somebody else is another owner."""
+    recognizer = Recognizer(graph)
+    recognizer.process(
+        [
+            make_event("m1", T + 1, "d1", user_id="x@x.com"),
+            make_event("m2", T + 2, "d1", email="x@x.com"),
+        ]
+    )
+    explanation = recognizer.explain(Identifier("anonymous_id", "d1"))
+
+    assert [span.owner for span in explanation.spans] == [None, "x@x.com", "x@x.com"]
+    assert explanation.owner is None
+
+
 def test_a_device_without_claims_is_nobodys(recognizer: Recognizer) -> None:
     """A device that only ever was anonymous is known and has no owner."""
     found = recognizer.explain(Identifier("anonymous_id", "lonely"))

@@ -52,6 +52,7 @@ HOSTILE = [
     "<svg/onload=globalThis.hacked=1>",
     "' \" ` \\ \\n \\N \\G %",
     "emoji \N{GRINNING FACE} \N{LATIN SMALL LETTER E WITH ACUTE} \u202e rtl \u2028 ls",
+    "\u202euoy \u2067si ohw\u200f \x85",
     "new\nline\r\ttab \x1b[31m red \x00 nul \x7f",
     "{{data}} {{script}} \\1 \\g<0> $x",
     "&lt;b&gt; &amp; &#34; #34; #quot; &NoBreak;",
@@ -176,8 +177,12 @@ def picture(request: pytest.FixtureRequest) -> Picture:
 
 
 def visible(text: str) -> str:
-    """A hostile text as drawings show it: controls have signs of their own, spaces are joined."""
+    """
+    A hostile text as drawings show it: controls have signs of their own, or their numbers, spaces
+    are joined.
+    """
     signs = {chr(n): chr(0x2400 + n) for n in range(0x20)} | {"\x7f": "\u2421"}
+    signs |= {c: f"\\u{ord(c):04x}" for c in "\u202e\u2067\u200f\x85"}
     return " ".join("".join(signs.get(c, c) for c in text).split())
 
 
@@ -516,6 +521,16 @@ def test_a_page_lets_nothing_be_loaded_or_run(browser: Browser) -> None:
 
     assert blocked == [["img-src", "script-src-attr", "script-src-elem"], None]
     assert browser.asked_for() == []
+
+
+@pytest.mark.parametrize("format", [name for name in FORMATS if name != "json"])
+def test_nothing_turns_round_what_stands_beside_it(format: str) -> None:
+    """What turns the direction of writing is a number: it would make one value seem another."""
+    text = render(hostile(), format)
+    if format == "mermaid":
+        text = re.sub(r"#(\d+);", lambda found: chr(int(found[1])), text)
+
+    assert {"\u202e", "\u2067", "\u200f", "\x85"}.isdisjoint(text)
 
 
 def test_every_value_is_seen_as_it_is(browser: Browser) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from graphs import GRAPHS
 from oracle import make_event
@@ -13,6 +15,7 @@ from recognition.attribution import BEGINNING, DAY, END, AttributionRules, Polic
 from recognition.errors import ConfigurationError
 from recognition.events import Identifier
 from recognition.graph import Graph
+from recognition.graph.memory import MemoryGraph
 from recognition.graph.showing import Device, LeftOut, Person, Picture
 from recognition.identity import IdentityRules, normalise
 from recognition.recognizer import Recognizer
@@ -128,6 +131,50 @@ def test_spans_agree_with_what_explain_says(recognizer: Recognizer) -> None:
     assert [(s.start, s.end, s.owner and s.owner.value) for s in device.spans] == [
         (s.start, s.end, s.owner) for s in explained
     ]
+
+
+@given(
+    st.sampled_from(Policy),
+    st.sampled_from([DAY, 3, 30 * DAY]),
+    st.lists(
+        st.tuples(
+            st.integers(0, 12),
+            st.sampled_from(["", "u1", "u2", "x@x.com"]),
+            st.sampled_from(["", "x@x.com", "y@x.com"]),
+        ),
+        max_size=14,
+    ),
+    st.sampled_from(["", "unlink", "release", "forget"]),
+)
+def test_spans_are_what_the_rows_are_told(
+    policy: Policy, lookback: int, seen: list[tuple[int, str, str]], undo: str
+) -> None:
+    """Whoever owns a span of a device owns its anonymous rows in it; `explain` says the same."""
+    rules = Rules(attribution=AttributionRules(policy=policy, lookback=lookback))
+    with MemoryGraph() as graph:
+        recognizer = Recognizer(graph, rules)
+        events = [
+            make_event(f"m{n}", T + time, "d1", user_id=user or None, email=mail or None)
+            for n, (time, user, mail) in enumerate(seen)
+        ]
+        probes = [make_event(f"p{time}", T + time, "d1") for time in range(-1, 14)]
+        recognizer.process([*events, *probes])
+        if undo == "unlink":
+            recognizer.unlink(DEVICE, U1)
+        elif undo == "release":
+            recognizer.release("d1", T + 6)
+        elif undo == "forget":
+            recognizer.forget(U1, T + 6)
+        (device,) = recognizer.show(DEVICE, limit=1_000).devices
+        explained = recognizer.explain(DEVICE).spans
+        told = {probe.time: recognizer.explain(probe.message_id).owner for probe in probes}
+
+    assert [(s.start, s.end, s.owner and s.owner.value) for s in device.spans] == [
+        (s.start, s.end, s.owner) for s in explained
+    ]
+    for time, owner in told.items():
+        of = [s.owner for s in device.spans if s.start <= time < s.end] or [None]
+        assert [each and each.value for each in of] == [owner]
 
 
 def test_a_device_shows_the_persons_who_own_it(recognizer: Recognizer) -> None:

@@ -228,6 +228,28 @@ def test_source_that_may_succeed_later_is_started_again(tmp_path: Path) -> None:
     assert pending == worker.taken.updates > 0
 
 
+def test_what_is_no_event_is_kept_once_however_often_it_is_offered() -> None:
+    """While the graph is away the same batch comes again and again; its rejects are kept once."""
+    rejects: list[Reject] = []
+    with closing(open_graph("memory:")) as graph:
+        recognizer = Recognizer(graph, RULES)
+        worker = Worker(recognizer, [], None, rejects=rejects.append)
+        batch = [to_segment(journey(1)[0]), {"no": "event"}]
+        process = recognizer.process
+        recognizer.process = lambda events: raise_away()  # type: ignore[method-assign]
+        for _ in range(5):
+            with pytest.raises(GraphUnavailableError):
+                worker.take(batch)
+        recognizer.process = process  # type: ignore[method-assign]
+        worker.take(batch)
+
+    assert (len(rejects), worker.taken.rejected) == (1, 1)
+
+
+def raise_away() -> Any:
+    raise GraphUnavailableError("away")
+
+
 def test_source_that_cannot_go_on_ends_the_worker(tmp_path: Path) -> None:
     """Its error comes out, after all others have come to their ends."""
     with closing(open_graph("memory:")) as graph:

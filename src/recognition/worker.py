@@ -134,6 +134,7 @@ class Worker:
             GraphError: Batches before may be in the graph. The same call again is safe.
         """
         read: list[Event] = []
+        rejects: list[Reject] = []
         for position, body in enumerate(events):
             if isinstance(body, Event):
                 read.append(body)
@@ -141,7 +142,7 @@ class Worker:
             try:
                 read.append(parse_event(body, self._format))
             except EventError as exc:
-                self.reject(
+                rejects.append(
                     Reject(source="<source>", line=position + 1, reason=str(exc), raw=_raw(body))
                 )
         batches = iter(read)
@@ -151,6 +152,9 @@ class Worker:
                 told["claims"] = done.claims
                 told["updates"] = done.updates
             self._count(done)
+        # Last: while the graph is away the same batch comes again and again.
+        for reject in rejects:
+            self.reject(reject)
 
     def reject(self, reject: Reject) -> None:
         """Count and keep what became no event; by any thread."""

@@ -157,22 +157,26 @@ def _explain_device(store: Store, rules: Rules, value: str) -> Explanation:
         )
     claims = store.claims({timeline.handle: (BEGINNING, END)}).get(timeline.handle, [])
     owners = _canonical(store, claims)
-    found: list[SpanReason] = []
+    owned: list[tuple[int, int, Identifier | None]] = []
     for start, end, owner in spans(claims, rules.attribution):
-        name = _name(owners, owner)
-        if found and found[-1].owner == name:
-            start = found.pop().start
-        found.append(SpanReason(start=start, end=end, owner=name))
-    names = {span.owner for span in found if span.owner is not None}
+        # Persons are told by type and value: a user may be called like the mail of another one.
+        who = owners[owner] if isinstance(owner, int) else None
+        if owned and owned[-1][2] == who:
+            start = owned.pop()[0]
+        owned.append((start, end, who))
+    names = {who for _, _, who in owned if who is not None}
     return Explanation(
         found=True,
-        owner=next(iter(names)) if len(names) == 1 else None,
+        owner=next(iter(names)).value if len(names) == 1 else None,
         because=(
             f"policy {rules.attribution.policy} over {len(claims)} claims:"
             f" {len(names)} owner{'s' if len(names) != 1 else ''} over time",
         ),
         claims=_reasons(store, value, claims),
-        spans=tuple(found),
+        spans=tuple(
+            SpanReason(start=start, end=end, owner=None if who is None else who.value)
+            for start, end, who in owned
+        ),
     )
 
 
@@ -213,14 +217,10 @@ def _explain_message(store: Store, rules: Rules, message_id: str) -> Explanation
     )
 
 
-def _canonical(store: Store, claims: list[Claim]) -> Mapping[int, str]:
+def _canonical(store: Store, claims: list[Claim]) -> Mapping[int, Identifier]:
     held = store.held({c.owner for c in claims if isinstance(c.owner, int)})
     best = store.held({known.canonical for _, known in held.values()})
-    return {handle: best[known.canonical][0].value for handle, (_, known) in held.items()}
-
-
-def _name(owners: Mapping[int, str], owner: object) -> str | None:
-    return owners[owner] if isinstance(owner, int) else None
+    return {handle: best[known.canonical][0] for handle, (_, known) in held.items()}
 
 
 def _reasons(store: Store, value: str, claims: list[Claim]) -> tuple[ClaimReason, ...]:

@@ -490,19 +490,28 @@ def _mermaid_label(lines: Iterable[str]) -> str:
     """Everything but plain characters as its number: no other way is safe in all of its places."""
     return "<br/>".join(
         "".join(
-            c if _PLAIN.match(line, place) else f"#{ord(_harmless(c))};"
+            c if _PLAIN.match(line, place) else "".join(f"#{ord(sign)};" for sign in _harmless(c))
             for place, c in enumerate(line)
         )
         for line in (_PAIRS.sub("\\g<0>\u2060", line) for line in lines)
     )
 
 
+# They turn round what follows them, whatever it belongs to, and are not seen themselves
+# (https://www.unicode.org/reports/tr9/#Directional_Formatting_Characters).
+_TURNS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
 def _harmless(character: str) -> str:
-    """The character, or where it is a control, the sign that stands for it."""
+    """The character; of a control the sign that stands for it, or its number."""
     number = ord(character)
     if number < 0x20:
         return chr(0x2400 + number)
-    return "\u2421" if number == 0x7F else character
+    if number == 0x7F:
+        return "\u2421"
+    if 0x80 <= number < 0xA0 or character in _TURNS:
+        return f"\\u{number:04x}"
+    return character
 
 
 # -------------------------------------------------------------------------------------------- DOT
@@ -552,7 +561,9 @@ def _dot(picture: Picture) -> str:
 def _dot_label(lines: Iterable[str]) -> str:
     """As Graphviz reads an ``escString``: entities are read in it, too."""
     special = {'"': "&quot;", "\\": "\\\\", "&": "&amp;"}
-    return "\\n".join("".join(special.get(c, _harmless(c)) for c in line) for line in lines)
+    return "\\n".join(
+        "".join(special.get(sign, sign) for c in line for sign in _harmless(c)) for line in lines
+    )
 
 
 # ------------------------------------------------------------------------------------------- page
