@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 import os
@@ -246,7 +247,7 @@ def test_commands_are_commands(
         program = program.rpartition("/")[2]
         if program == "recognition":
             try:
-                parsed = _build_parser().parse_args(rest)
+                parsed = _parser().parse_args(rest)
             except SystemExit:
                 pytest.fail(f"{shlex.join(words)}: {capsys.readouterr().err}")
             assert callable(parsed.command)
@@ -274,7 +275,7 @@ def test_commands_inside_sentences_exist(page: Path) -> None:
     unknown = []
     for code in re.findall(r"`recognition ([a-z][^`]*)`", prose):
         words = code.partition("|")[0].rstrip("\\").split()
-        parser = _build_parser()
+        parser = _parser()
         while (below := _subparsers(parser)) and words:
             name = words.pop(0)
             if name not in below:
@@ -285,6 +286,11 @@ def test_commands_inside_sentences_exist(page: Path) -> None:
         unknown += [code for word in words if word.startswith("-") and word not in {*known, "-"}]
 
     assert unknown == []
+
+
+@cache
+def _parser() -> argparse.ArgumentParser:
+    return _build_parser()
 
 
 def _subparsers(parser: Any) -> dict[str, Any]:
