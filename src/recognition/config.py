@@ -697,16 +697,30 @@ def _render_table(title: str, model: type[BaseModel]) -> str:
         choices = _choices(field.annotation)
         if choices:
             meaning += f" One of {', '.join(f'`{choice}`' for choice in choices)}."
-        low, high = (
-            next((getattr(rule, name) for rule in field.metadata if hasattr(rule, name)), None)
-            for name in ("ge", "le")
-        )
-        if high is not None:
-            meaning += f" At most {high:,}." if low is None else f" From {low:,} to {high:,}."
-        elif low:
-            meaning += f" At least {low:,}."
+        meaning += _range(field)
         lines.append(f"| `{key}` | {render_default(field)} | {meaning} |")
     return "\n".join([*lines, ""])
+
+
+def _range(field: FieldInfo) -> str:
+    found = {
+        name: f"{getattr(rule, name):,}"
+        for rule in field.metadata
+        for name in ("gt", "ge", "le")
+        if getattr(rule, name, None) is not None
+    }
+    match found:
+        case {"ge": low, "le": high}:
+            return f" From {low} to {high}."
+        case {"gt": low, "le": high}:
+            return f" More than {low}, at most {high}."
+        case {"le": high}:
+            return f" At most {high}."
+        case {"gt": low}:
+            return f" More than {low}."
+        case {"ge": low} if low != "0":
+            return f" At least {low}."
+    return ""
 
 
 def render_default(field: FieldInfo) -> str:
