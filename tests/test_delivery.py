@@ -14,11 +14,12 @@ import duckdb
 import pytest
 
 from oracle import make_event
-from recognition.delivery import CIRCUIT_OPENS, Deliverer, Destination, Served
-from recognition.errors import SinkError
+from recognition.delivery import CIRCUIT_OPENS, Channel, Deliverer, Destination, Served
+from recognition.errors import OutcomeUnknownError, SinkError
 from recognition.events import Event
 from recognition.graph import Graph, open_graph
-from recognition.planner import Plan, Step
+from recognition.messages import UpdateByCriteria
+from recognition.planner import Plan, Step, plan_updates
 from recognition.recognizer import Recognizer
 from recognition.rules import Rules, Supersede, TableRules
 from recognition.sinks import Applied, Capabilities, Sink, open_sink
@@ -403,6 +404,56 @@ def test_rows_that_settle_and_rows_that_come_back_are_both_waited_for(
     assert warehouse.users() == {m: u for m, u in expected(4).items() if m != never}
     assert [(found.updates, found.rows) for found in served.unmatched.values()] == [(1, 1)]
     assert (served.updates, served.reapplied) == (4, 6)
+
+
+class Collected:
+    """A channel that keeps what it was given, and fails where it is told to."""
+
+    def __init__(self) -> None:
+        self.updates: list[UpdateByCriteria] = []
+        self.errors: list[Exception] = []
+        self.closed = False
+
+    def send(self, updates: Sequence[UpdateByCriteria]) -> None:
+        if self.errors:
+            raise self.errors.pop(0)
+        self.updates += updates
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_channel_is_given_updates_as_they_are(graph: Graph, tmp_path: Path, again: bool) -> None:
+    """
+    In their order, what the graph knew before included; after a failure once more.
+
+    No rows are counted there, so nothing is held for them: unless all updates are applied again.
+    """
+    warehouse = Warehouse(tmp_path).make()
+    warehouse.put(journey(5))
+    Recognizer(graph, RULES).process(journey(2))
+    channel = Collected()
+    channel.errors = [OutcomeUnknownError("gone")]
+    deliverer = deliverer_of(
+        graph,
+        Destination(name="c", sink=channel, settle=0.2, reapply_all=again),
+        rules=RULES,
+    )
+    with delivering(deliverer):
+        wait_until(lambda: graph.destinations() == {"c": True})
+        Recognizer(graph, RULES).process(journey(5))
+        wait_until(lambda: not graph.stats().pending_updates)
+    done = plan_updates(channel.updates)
+    warehouse.sink().apply(done)
+    served = deliverer.served["c"]
+
+    assert isinstance(channel, Channel)
+    assert warehouse.users() == expected(5)
+    assert served.failures == 1
+    assert served.filled >= 2
+    assert (served.updates, served.held) == (7, 7 if again else 0)
+    assert len(channel.updates) == served.filled + (14 if again else 7)
 
 
 # What goes wrong -------------------------------------------------------------------------------

@@ -335,6 +335,32 @@ def test_secret_that_stands_in_the_settings_is_refused(
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        'sink = "{url}"\n[sink_options]\nadd_missing_column = true\n',
+        '[[destinations]]\nname = "w"\nurl = "{url}"\noptions = {{add_missing_column = true}}\n',
+        '[[destinations]]\nname = "w"\nurl = "{url}"\n'
+        'secrets = {{add_missing_column = "env:HOME"}}\n',
+    ],
+    ids=["sink", "destination", "secret"],
+)
+def test_options_reach_the_sinks_of_a_worker(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of `[sink_options]`, those of a destination, and those that are secret: to be seen by
+    one that is wrong."""
+    path = tmp_path / "recognition.toml"
+    own = text.format(url=Warehouse(tmp_path).make().url)
+    path.write_text(f'graph = "sqlite:///{tmp_path}/graph.db"\n{own}')
+    codes = [main([command, "--config", str(path)]) for command in ("worker", "check")]
+    told = capsys.readouterr()
+
+    assert codes == [2, 1]
+    assert "did you mean 'add_missing_columns'?" in told.err
+    assert "did you mean 'add_missing_columns'?" in told.out
+
+
 # Times ------------------------------------------------------------------------------------------
 
 
