@@ -488,6 +488,7 @@ def test_check_finds_nothing_wrong_where_all_is_well(
     assert (before, after, wrong(early), wrong(late)) == (0, 0, [], [])
     assert [f["place"] for f in late if f["level"] == "fine"] == [
         "graph",
+        f"directory {tmp_path}/in",
         "destination one, table events",
         "destination two, table events",
     ]
@@ -533,6 +534,7 @@ def test_check_of_a_graph_that_was_decided_otherwise(
 ) -> None:
     """Settings that do not agree with the graph's first decision are found before the worker is."""
     config = configure(tmp_path, [Warehouse(tmp_path).make()])
+    (tmp_path / "in").mkdir()
     with closing(open_graph(f"sqlite:///{tmp_path}/graph.db")) as graph:
         Recognizer(graph, RULES).process(journey(1))
     config.write_text('policy = "last_login"\n' + config.read_text())
