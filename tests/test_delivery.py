@@ -15,7 +15,12 @@ import pytest
 
 from oracle import make_event
 from recognition.delivery import CIRCUIT_OPENS, Channel, Deliverer, Destination, Served
-from recognition.errors import OutcomeUnknownError, SinkError
+from recognition.errors import (
+    GraphUnavailableError,
+    OutcomeUnknownError,
+    SinkError,
+    SinkUnavailableError,
+)
 from recognition.events import Event
 from recognition.graph import Graph, open_graph
 from recognition.messages import UpdateByCriteria
@@ -80,6 +85,7 @@ class Warehouse:
 
     def put(self, events: Sequence[Event]) -> None:
         with self.connect() as connection:
+            connection.execute("BEGIN")  # one transaction: disks are slow
             connection.executemany(
                 "INSERT INTO events (message_id, anonymous_id, user_id, timestamp)"
                 " VALUES (?, ?, ?, ?)",
@@ -93,6 +99,7 @@ class Warehouse:
                     for e in events
                 ],
             )
+            connection.execute("COMMIT")
 
     def users(self) -> dict[str, str | None]:
         with self.connect() as connection:
@@ -258,6 +265,99 @@ def test_refused_fill_does_not_hold_what_is_new(graph: Graph, tmp_path: Path) ->
         f"m{n}-{k}" for n in (8, 9) for k in range(3)
     }
     assert warehouse.users() == expected(10)
+
+
+def fill_graph(graph: Graph, events: Sequence[Event]) -> None:
+    """What all destinations of before have had."""
+    Recognizer(graph, RULES).process(events)
+    while leased := graph.lease_updates(10_000, 60):
+        graph.acknowledge([item.position for item in leased])
+
+
+def test_fill_does_not_hold_what_is_new_and_goes_on_where_it_was(
+    graph: Graph, tmp_path: Path
+) -> None:
+    """A long fill has new updates in between, and an outage in its midst repeats nothing."""
+    warehouse = Warehouse(tmp_path).make()
+    events = journey(701, rows=1)
+    late = [event for event in events if event.anonymous_id == "d700"]
+    warehouse.put(events)
+    fill_graph(graph, [event for event in events if event not in late])
+    parts = 0
+
+    def slowly(plan: Plan) -> None:
+        nonlocal parts
+        if len(plan.updates) > 1:
+            parts += 1
+            if parts == 2:
+                Recognizer(graph, RULES).process(late)
+            if parts in (3, 4):
+                raise SinkUnavailableError("away")
+
+    order: list[int] = []
+    destination = Destination(name="w", sink=Around(warehouse.sink(), slowly), settle=0.0)
+    deliverer = deliverer_of(
+        graph,
+        destination,
+        rules=RULES,
+        watch=lambda name, plan, applied: order.append(len(plan.updates)),
+    )
+    with delivering(deliverer):
+        wait_until(lambda: graph.destinations()["w"])
+        wait_until(lambda: not graph.stats().pending_updates)
+
+    assert warehouse.users() == expected(701, rows=1)
+    assert deliverer.served["w"].failures == 2
+    assert order.index(1) == 2
+    assert deliverer.served["w"].filled + 1 == sum(order)
+    assert len(order) <= 10
+
+
+def test_fill_begins_again_where_the_graph_fails(
+    graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph that goes away in the midst of what it knows has not told all of it."""
+    warehouse = Warehouse(tmp_path).make()
+    events = journey(500, rows=1)
+    warehouse.put(events)
+    fill_graph(graph, events)
+    restate = graph.restate
+    times: list[int] = []
+
+    def fail_once(rules: Rules, size: int = 200) -> Iterator[list[UpdateByCriteria]]:
+        times.append(size)
+        for number, updates in enumerate(restate(rules, size)):
+            if number == 1 and len(times) == 1:
+                raise GraphUnavailableError("away")
+            yield updates
+
+    monkeypatch.setattr(graph, "restate", fail_once)
+    destination = Destination(name="w", sink=warehouse.sink(), settle=0.0)
+    with delivering(deliverer_of(graph, destination, rules=RULES)):
+        wait_until(lambda: graph.destinations()["w"])
+
+    assert warehouse.users() == expected(500, rows=1)
+    assert len(times) == 2
+
+
+def test_fill_waits_for_a_table_that_is_made_later(graph: Graph, tmp_path: Path) -> None:
+    """A destination is not filled while a table is missing that its owners are about."""
+    warehouse = Warehouse(tmp_path)
+    warehouse.execute("CREATE TABLE other (x)")
+    events = journey(5)
+    fill_graph(graph, events)
+    deliverer = deliverer_of(
+        graph, Destination(name="w", sink=warehouse.sink(), settle=0.0), rules=RULES
+    )
+    with delivering(deliverer):
+        wait_until(lambda: "events" in deliverer.served["w"].last_error)
+        time.sleep(0.3)
+        before = graph.destinations()
+        warehouse.make().put(events)
+        wait_until(lambda: graph.destinations()["w"])
+
+    assert before == {"w": False}
+    assert warehouse.users() == expected(5)
 
 
 def test_destinations_of_a_graph_of_many_machines(mongodb_url: str, tmp_path: Path) -> None:
@@ -523,6 +623,35 @@ def test_update_that_the_destination_refuses_is_given_up_alone(
     assert [(d.update.cause.anonymous_id, reason) for d, reason in dead] == [("d13", told)]
     assert warehouse.users() == expected(20) | {f"m13-{k}": None for k in range(3)}
     assert (served.updates, served.dead) == (19, 1)
+
+
+def test_update_that_is_refused_holds_the_others_for_a_moment(graph: Graph, tmp_path: Path) -> None:
+    """
+    Finding the one that breaks a window takes no pauses that grow: the destination does answer.
+
+    It is the oldest, so that every window begins with it, each time it comes again.
+    """
+    warehouse = Warehouse(tmp_path).make()
+    events = journey(300)
+    warehouse.put(events)
+    Recognizer(graph, RULES).process(events)
+    first = graph.lease_updates(1, 0)[0].update.cause.anonymous_id
+
+    def refuse(plan: Plan) -> None:
+        if any(row.equals[0] == first for step in plan.steps for row in step.rows):
+            raise SinkError("the statement was refused")
+
+    sink = Around(warehouse.sink(), refuse)
+    deliverer = deliverer_of(
+        graph, Destination(name="w", sink=sink, settle=0.0), pauses=(0.1, 300.0)
+    )
+    with delivering(deliverer):
+        began = time.monotonic()
+        wait_until(lambda: deliverer.served["w"].updates == 299)
+        took = time.monotonic() - began
+
+    assert took < 10
+    assert deliverer.served["w"].dead == 0
 
 
 def test_nothing_is_given_up_where_nothing_can_be_applied(graph: Graph, tmp_path: Path) -> None:

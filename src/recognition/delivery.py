@@ -17,14 +17,13 @@ import random
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Protocol, runtime_checkable
 
 from recognition.errors import (
     ConfigurationError,
-    GraphError,
     RecognitionError,
     TableError,
     ValueRefusedError,
@@ -355,30 +354,42 @@ class _Line:
         #: By position, how often an update was refused alone while others were applied.
         self._refused: dict[int, int] = {}
         self._applied_since: set[int] = set()
+        #: How many of the failures in a row halved a window: these need no pause.
+        self._halved = 0
+        #: What is left to be told to a new destination, and the part that is being told.
+        self._restating: Iterator[list[UpdateByCriteria]] | None = None
+        self._part: list[UpdateByCriteria] = []
+        self._lacks = False
+        self._fill_at = self._fill_began = self._fill_first = 0.0
 
     def run(self, stop: threading.Event, fill_now: bool) -> None:
         """Serve the destination until the end."""
         # What was on its way when the destination was registered has arrived by then.
-        filling = time.monotonic() + (0 if fill_now else self.destination.settle)
+        self._fill_first = time.monotonic()
+        self._fill_at = self._fill_first + (0 if fill_now else self.destination.settle)
         while not stop.is_set():
             pause = 0.0
             woken = not self.idle
-            if self.unfilled and time.monotonic() >= filling:
+            if self._is_filling():
                 try:
-                    self._fill(stop)
+                    self._fill_on()
                 except Exception as exc:
-                    # It begins anew later; what is new does not wait for it.
-                    filling = time.monotonic() + self._of._pauses[1]
-                    self._failed(exc)
+                    # What is new does not wait for it.
+                    again = self._failed(exc)
+                    if not getattr(exc, "retryable", False):
+                        self._restating, again = None, self._of._pauses[1]
+                    elif not self._part:
+                        self._restating = None  # the graph failed: nothing more comes from it
+                    self._fill_at = time.monotonic() + again
             try:
                 leased = self._graph.lease_updates(
                     self._size, self._of._lease, self.destination.name
                 )
                 if leased:
                     self._carry(leased)
-                if len(leased) < self._size:
+                if len(leased) < self._size and not self._is_filling():
                     pause = self._of._every
-                if woken and not leased:
+                if woken and not leased and not self._is_filling():
                     self.idle = True
             except Exception as exc:
                 pause = self._failed(exc)
@@ -393,7 +404,8 @@ class _Line:
         served.failing += 1
         told = served.last_error = _tell(exc)
         first, longest = self._of._pauses
-        pause = min(longest, first * 2.0 ** min(served.failing - 1, 30))
+        tries = max(0, served.failing - self._halved - 1)
+        pause = min(longest, first * 2.0 ** min(tries, 30))
         pause *= random.uniform(0.5, 1.0)
         level = logging.ERROR if served.failing == CIRCUIT_OPENS else logging.WARNING
         _log.log(
@@ -414,8 +426,9 @@ class _Line:
             if self._flying and time.monotonic() - self._began < self._of._longest:
                 try:
                     self._hold(self._flying, self._of._lease, applied=False)
-                except GraphError as exc:
-                    _log.warning("%s: a lease was not renewed: %s", self.destination.name, exc)
+                except Exception as exc:  # the next time may be better
+                    told = _tell(exc)
+                    _log.warning("%s: a lease was not renewed: %s", self.destination.name, told)
 
     def _hold(self, positions: Sequence[int], seconds: float, *, applied: bool) -> None:
         self._graph.hold_updates(
@@ -439,7 +452,7 @@ class _Line:
         self._land()
         self._settle(leased, plan, applied)
         self.served.windows += 1
-        self.served.failing = 0
+        self.served.failing = self._halved = 0
         self._size = min(self.destination.window, self._size * 4)
         self._applied_since.update(self._refused)
 
@@ -488,6 +501,7 @@ class _Line:
         """
         if len(leased) > 1:
             self._size = max(1, len(leased) // 2)
+            self._halved += 1
             self._return(leased, exc)
             return
         (item,) = leased
@@ -600,28 +614,57 @@ class _Line:
             rows,
         )
 
-    def _fill(self, stop: threading.Event) -> None:
-        """Tell a new destination what the graph knew before it was registered."""
+    def _is_filling(self) -> bool:
+        """Whether something is to be told now of what the graph knew before."""
+        return self.unfilled and time.monotonic() >= self._fill_at
+
+    def _fill_on(self) -> None:
+        """Tell a new destination one part more of what the graph knew before it was registered."""
         assert self._of._rules is not None
         name = self.destination.name
-        _log.info("%s: is filled with what the graph knows", name)
-        for updates in self._graph.restate(self._of._rules):
-            if stop.is_set():
-                return  # from the beginning, the next time
-            plan, applied = self._apply(updates)
-            refused = [*plan.rejected, *applied.rejected]
-            self.served.filled += len(updates) - len(refused)
-            if refused:
-                self.served.last_error = str(refused[0][1])
-                _log.warning(
-                    "%s: %d updates of what the graph knows were refused, the first: %s",
-                    name,
-                    len(refused),
-                    refused[0][1],
-                )
+        if self._restating is None:
+            _log.info("%s: is filled with what the graph knows", name)
+            self._restating = self._graph.restate(self._of._rules)
+            self._part, self._lacks = [], False
+            self._fill_began = time.monotonic()
+        if not self._part:
+            self._part = next(self._restating, [])
+        if not self._part:
+            self._end_fill()
+            return
+        plan, applied = self._apply(self._part)
+        refused = [*plan.rejected, *applied.rejected]
+        self.served.filled += len(self._part) - len(refused)
+        self._part = []
+        if refused:
+            self._lacks = self._lacks or any(_can_be_mended(e) for _, e in refused)
+            self.served.last_error = str(refused[0][1])
+            _log.warning(
+                "%s: %d updates of what the graph knows were refused, the first: %s",
+                name,
+                len(refused),
+                refused[0][1],
+            )
+
+    def _end_fill(self) -> None:
+        """All was told; what a table could not take is told again, while somebody may mend it."""
+        self._restating = None
+        now = time.monotonic()
+        name = self.destination.name
+        if self._lacks and now - self._fill_first < self._of._patience:
+            # At most half of the time is spent with it.
+            self._fill_at = now + max(self._of._pauses[1], now - self._fill_began)
+            return
         self._graph.add_destination(name, filled=True)
         self.unfilled = False
         _log.info("%s: was filled, %d updates", name, self.served.filled)
+
+
+def _can_be_mended(error: RecognitionError) -> bool:
+    """The table, or what is set for it, and not the update is wrong."""
+    return isinstance(error, (TableError, ConfigurationError)) and not isinstance(
+        error, ValueRefusedError
+    )
 
 
 def _find_unmatched(
