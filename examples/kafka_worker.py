@@ -17,7 +17,7 @@ import os
 import signal
 from typing import Any
 
-from confluent_kafka import Consumer
+from confluent_kafka import Consumer, KafkaException
 
 from recognition import EventError, Recognizer, Rules, deliver, open_graph, open_sink, parse_event
 
@@ -33,7 +33,7 @@ def read_events(messages: list[Any]) -> list[Any]:
             continue
         try:
             events.append(parse_event(json.loads(message.value())))
-        except (ValueError, EventError) as exc:
+        except (TypeError, ValueError, RecursionError, EventError) as exc:  # no value at all, too
             _log.warning("offset %d is no event: %s", message.offset(), type(exc).__name__)
     return events
 
@@ -67,8 +67,12 @@ def main() -> None:
             if events:
                 recognizer.process(events)  # durable, with the updates that follow
             deliver(graph, sink)  # what is left from before, too
-            if messages:
-                consumer.commit(asynchronous=False)
+            if any(message.error() is None for message in messages):
+                try:
+                    consumer.commit(asynchronous=False)
+                except KafkaException as exc:
+                    # The broker is away, or others have the partitions: these come again.
+                    _log.warning("not committed: %s", exc.args[0].name())
     finally:
         consumer.close()
         sink.close()

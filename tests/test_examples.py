@@ -56,7 +56,8 @@ def test_a_worker_of_ones_own_recognises(kafka: str, tmp_path: Path, name: str) 
     )
     topic = f"t-{uuid4().hex[:12]}"
     producer = ck.Producer({"bootstrap.servers": kafka})
-    for value in (event("m1"), b'{"no": "event"}', event("m2")):
+    poison = (b'{"no": "event"}', None, b"[" * 100_000, b"\xff")
+    for value in (event("m1"), *poison, event("m2")):
         producer.produce(topic, value, "a1")
     producer.produce(topic, event("m3", type="identify", userId="u1"), "a1")
     assert producer.flush(20) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -33,7 +34,7 @@ from recognition.errors import (
 from recognition.events import Event, parse_event
 from recognition.graph.memory import MemoryGraph
 from recognition.graph.sqlite import SqliteGraph
-from recognition.kafka import KafkaSource, UpdatesConsumer, UpdatesTopic, key_of
+from recognition.kafka import KafkaSource, UpdatesConsumer, UpdatesTopic, _open, key_of
 from recognition.messages import Cause, Empty, Equals, OneOf, UpdateByCriteria
 from recognition.planner import Plan
 from recognition.recognizer import Recognizer
@@ -310,6 +311,63 @@ def test_stopping_does_not_wait_for_the_graph(mock: Cluster) -> None:
     assert mock.committed(topic, f"g-{topic}") == {}
 
 
+def test_a_batch_that_takes_long_does_not_leave_the_group(mock: Cluster) -> None:
+    """
+    A graph that takes longer than a member may be silent is waited for, and the batch confirmed.
+
+    Put out of the group, the worker would read the same batch again, and again.
+    """
+    topic = mock.topic()
+    mock.write(topic, event("m1"), key="one partition")
+    taken = Taken()
+    options = {**OPTIONS, "max.poll.interval.ms": 6_000}
+    source = source_of(mock, topic, options=options)
+
+    def slowly(events: Sequence[Event]) -> None:
+        taken(events)
+        time.sleep(9)
+
+    with running(lambda stop: source.run(slowly, stop)) as errors:
+        wait(lambda: source.counts.messages == 1)
+        time.sleep(1)
+
+    assert errors == []
+    assert taken.ids == ["m1"]
+    assert list(mock.committed(topic, f"g-{topic}").values()) == [1]
+
+
+def test_what_ends_a_consumer_comes_out(mock: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put out by another member of its name, it does not wait for nothing for ever."""
+    clients: list[Any] = []
+
+    def open_noted(kind: Any, config: Any) -> Any:
+        clients.append(_open(kind, config))
+        return clients[-1]
+
+    monkeypatch.setattr("recognition.kafka._open", open_noted)
+    topic = mock.topic()
+    mock.write(topic, event("m1"))
+    taken = Taken()
+    source = source_of(mock, topic)
+    with running(lambda stop: source.run(taken, stop)) as errors:
+        wait(lambda: taken.ids == ["m1"])
+        end(clients[0], ck.KafkaError.FENCED_INSTANCE_ID)
+        wait(lambda: bool(errors))
+
+    assert isinstance(errors[0], SourceError)
+    assert errors[0].retryable
+
+
+def end(client: Any, code: int) -> None:
+    """Raise a fatal error inside of librdkafka, by its own function for tests."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    library = ctypes.CDLL(next(line.split()[-1] for line in lines if "librdkafka" in line))
+    # Behind the head of every Python object, the client's handle begins with that of librdkafka.
+    handle = ctypes.c_void_p.from_address(id(client) + object.__basicsize__)
+    library.rd_kafka_test_fatal_error.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)
+    library.rd_kafka_test_fatal_error(handle, code, b"test")
+
+
 def test_two_workers_share_and_take_over(cluster: Cluster) -> None:
     """A second worker gets a part of the partitions; when it leaves, the first has all again."""
     topic = cluster.topic(partitions=4)
@@ -491,7 +549,12 @@ def test_wrong_options_are_refused(mock: Cluster, options: dict[str, Any], told:
 
 def test_a_consumer_needs_topics_and_a_group() -> None:
     """Nothing to read, nobody to read for, and letters that would be read again are refused."""
-    for topics, group, dead in (([], "g", None), (["t"], "", None), (["t"], "g", "t")):
+    for topics, group, dead in (
+        ([], "g", None),
+        (["t"], "", None),
+        (["t"], "g", "t"),
+        (["a", "^events.*"], "g", "events-dead"),
+    ):
         with pytest.raises(ConfigurationError):
             KafkaSource("127.0.0.1:9", topics, group, dead_letters=dead)
 
@@ -645,6 +708,20 @@ class Fragile:
         self._sink.close()
 
 
+class Refusing(Fragile):
+    """A sink that refuses every plan with a device of this name, and would again."""
+
+    def __init__(self, sink: Any, device: str) -> None:
+        super().__init__(sink, [])
+        self._device = device
+
+    def apply(self, plan: Plan) -> Applied:
+        for step in plan.steps:
+            if any(str(row.equals[0]).startswith(self._device) for row in step.rows):
+                raise SinkError("denied; everything was rolled back")
+        return super().apply(plan)
+
+
 def test_updates_reach_the_rows_of_a_destination(cluster: Cluster, rows: Rows) -> None:
     """
     From one topic into a table: later updates stand, poison and refused ones are dead letters.
@@ -684,6 +761,73 @@ def test_updates_reach_the_rows_of_a_destination(cluster: Cluster, rows: Rows) -
     reasons = {dict(each.headers())["error"].decode()[:27] for each in letters}
     assert reasons == {"not a JSON object: Expectin", "the database has no table '"}
     assert consumer.counts.dead == {"no update message": 1, "TableError": 1}
+
+
+def test_updates_that_break_a_window_are_found(mock: Cluster, rows: Rows) -> None:
+    """One that the sink refuses each time is a dead letter, and all others are applied."""
+    topic, dead = mock.topic(), mock.topic()
+    rows.add(*(f"a{n}" for n in range(9)))
+    UpdatesTopic(mock.servers, topic).send([update_of(f"a{n}", f"u{n}", n) for n in range(9)])
+    with closing(open_sink(rows.url)) as opened:
+        consumer = UpdatesConsumer(
+            mock.servers,
+            [topic],
+            f"g-{topic}",
+            Refusing(opened, "a4"),
+            dead_letters=dead,
+            linger=0.5,
+            options=OPTIONS,
+        )
+        with running(consumer.run) as errors:
+            wait(lambda: bool(errors) or consumer.counts.messages == 9)
+
+    assert errors == []
+    assert consumer.counts.dead == {"SinkError": 1}
+    assert rows.users() == {f"a{n}": None if n == 4 else f"u{n}" for n in range(9)}
+    assert json.loads(mock.read(dead, 1)[0].value())["set"]["user_id"] == "u4"
+
+
+def test_a_sink_that_refuses_everything_loses_nothing(mock: Cluster, rows: Rows) -> None:
+    """Where nothing can be applied the error comes out; no update is given up or confirmed."""
+    topic = mock.topic()
+    UpdatesTopic(mock.servers, topic).send([update_of(f"a{n}", f"u{n}", n) for n in range(9)])
+    with closing(open_sink(rows.url)) as opened:
+        consumer = UpdatesConsumer(
+            mock.servers, [topic], f"g-{topic}", Refusing(opened, "a"), options=OPTIONS
+        )
+        with running(consumer.run) as errors:
+            wait(lambda: bool(errors))
+
+    assert "denied" in str(errors[0])
+    assert consumer.counts.dead == {}
+    assert mock.committed(topic, f"g-{topic}") == {}
+
+
+def test_a_dead_letter_is_as_large_as_what_was_read(mock: Cluster) -> None:
+    """Poison that is larger than producers write by default is no reason to stop for ever."""
+    topic, dead = mock.topic(), mock.topic()
+    producer = ck.Producer({"bootstrap.servers": mock.servers, "message.max.bytes": 4_000_000})
+    producer.produce(topic, b"{" * 3_000_000)
+    producer.flush(30)
+    source = source_of(mock, topic, dead_letters=dead)
+    with running(lambda stop: source.run(Taken(), stop)) as errors:
+        wait(lambda: bool(errors) or source.counts.messages == 1)
+
+    assert errors == []
+    assert len(mock.read(dead, 1)[0].value()) == 3_000_000
+
+
+def test_a_producer_that_is_at_its_end_is_made_anew(mock: Cluster) -> None:
+    """What it was given then is an error that a retry mends, and the retry is done by another."""
+    topic = mock.topic()
+    out = UpdatesTopic(mock.servers, topic)
+    out.send([update_of("a1", "u1", 1)])
+    end(out._writer._producer, ck.KafkaError.OUT_OF_ORDER_SEQUENCE_NUMBER)
+    with pytest.raises(OutcomeUnknownError):
+        out.send([update_of("a1", "u2", 2)])
+    out.send([update_of("a1", "u2", 2)])
+
+    assert len(mock.read(topic, 2)) == 2
 
 
 def test_letters_that_cannot_be_written_hold_the_batch(mock: Cluster) -> None:

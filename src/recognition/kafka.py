@@ -24,6 +24,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -83,8 +84,17 @@ _REFUSED = frozenset(
         ck.KafkaError.GROUP_AUTHORIZATION_FAILED,
         ck.KafkaError.CLUSTER_AUTHORIZATION_FAILED,
         ck.KafkaError.TOPIC_EXCEPTION,
+        # Of who asked for an error where what was confirmed is not kept any more.
+        ck.KafkaError._AUTO_OFFSET_RESET,
     )
 )
+
+# So long a batch may take before the group is told that we are alive, in seconds.
+_SLOW = 10.0
+
+# librdkafka's own (https://github.com/confluentinc/librdkafka/blob/master/CONFIGURATION.md).
+_MAX_POLL_MS = 300_000
+_GREATEST_MESSAGE = 1_000_000_000
 
 # Characters of a reason in a header, as in Bulker's (bulkerapp/app/abstract_batch_consumer.go).
 _MAX_REASON = 256
@@ -170,7 +180,8 @@ class _Topics:
     ) -> None:
         if not topics or not all(topics) or not group:
             raise ConfigurationError("a consumer needs at least one topic, and a group")
-        if dead_letters in topics:
+        if dead_letters is not None and any(_is_read(dead_letters, topic) for topic in topics):
+            # Each of them would become a dead letter again, and so on for ever.
             raise ConfigurationError("the topic of dead letters is one that is read")
         given = dict(options or {})
         taken = sorted(_OURS & given.keys())
@@ -193,9 +204,10 @@ class _Topics:
         self._batch_size = batch_size
         self._linger = linger
         self._pauses = pauses
-        self._dead = (
-            None if dead_letters is None else _Writer(servers, dead_letters, _for_producer(given))
-        )
+        # What was read is written whatever its size: the broker's limit alone counts.
+        letters = {"message.max.bytes": _GREATEST_MESSAGE, **_for_producer(given)}
+        self._dead = None if dead_letters is None else _Writer(servers, dead_letters, letters)
+        self._slow = min(_SLOW, int(given.get("max.poll.interval.ms", _MAX_POLL_MS)) / 3_000)
         self._refused: ck.KafkaError | None = None
         self._reassigned = False
         self._said: set[str] = set()
@@ -213,6 +225,11 @@ class _Topics:
         """
         consumer = _open(ck.Consumer, self._config)
         self._refused = None
+        pool = ThreadPoolExecutor(1, "recognition-kafka")
+
+        def submit(messages: Sequence[Any]) -> Future[Sequence[_Dead]]:
+            return pool.submit(handle, messages)
+
         try:
             consumer.subscribe(
                 self._topics,
@@ -223,12 +240,16 @@ class _Topics:
             while not stop.is_set():
                 messages = self._consume(consumer, self._batch_size, self._linger)
                 while messages:
-                    more = self._finish(consumer, messages, handle, stop)
+                    more = self._finish(consumer, messages, submit, stop)
                     if more is None:
                         return
                     messages = more
         finally:
-            consumer.close()
+            # First, so that what a batch is still at work with is not confirmed. One that is at its
+            # end can confirm nothing, and closing it would never return: it is let go.
+            if self._refused is None or not _is_fatal(self._refused):
+                consumer.close()
+            pool.shutdown()
 
     def look(self, seconds: float) -> list[Found]:
         """See `KafkaSource.look`."""
@@ -303,7 +324,7 @@ class _Topics:
             error = message.error()
             if error is None:
                 found.append(message)
-            elif error.code() in _REFUSED or error.fatal():
+            elif _ends(error):
                 self._refused = error
             elif error.code() != ck.KafkaError._PARTITION_EOF:
                 self._say(error)
@@ -315,34 +336,48 @@ class _Topics:
         self,
         consumer: Any,
         messages: Sequence[Any],
-        handle: Callable[[Sequence[Any]], Sequence[_Dead]],
+        submit: Callable[[Sequence[Any]], Future[Sequence[_Dead]]],
         stop: threading.Event,
     ) -> list[Any] | None:
         """Hand over until it is done; messages that came meanwhile, ``None`` when told to stop."""
         later: list[Any] = []
         paused = False
+
+        def poll(until: Callable[[], bool]) -> None:
+            """Nothing more is fetched, and the group sees that we are alive."""
+            nonlocal paused
+            if not paused:
+                consumer.pause(consumer.assignment())
+                paused = True
+            while not until():
+                later.extend(self._consume(consumer, 1, 0.1))
+                if self._reassigned:
+                    self._reassigned = False
+                    consumer.pause(consumer.assignment())
+
+        again = 0.0
+
+        def rested() -> bool:
+            return stop.is_set() or time.monotonic() >= again
+
         pause, longest = self._pauses
         while True:
+            # In a thread: a graph or a destination may take longer than a member may be silent.
+            job = submit([each for each in messages if each.value() is not None])
+            if not wait([job], self._slow).done:
+                poll(job.done)
             try:
-                dead = handle([each for each in messages if each.value() is not None])
-                self._bury(dead)
+                self._bury(job.result())
                 break
             except RecognitionError as exc:
                 if not exc.retryable:
                     raise
                 _log.warning("%d messages are offered again: %s", len(messages), exc)
             self.counts.retries += 1
-            # Paused partitions: nothing more is fetched, and the group sees that we are alive.
-            until = time.monotonic() + pause * random.uniform(0.5, 1.0)
-            consumer.pause(consumer.assignment())
-            paused = True
-            while time.monotonic() < until:
-                if stop.is_set():
-                    return None
-                later += self._consume(consumer, 1, 0.1)
-                if self._reassigned:
-                    self._reassigned = False
-                    consumer.pause(consumer.assignment())
+            again = time.monotonic() + pause * random.uniform(0.5, 1.0)
+            poll(rested)
+            if stop.is_set():
+                return None
             pause = min(longest, 2 * pause)
         if paused:
             consumer.resume(consumer.assignment())
@@ -400,7 +435,7 @@ class _Topics:
 
     def _note(self, error: Any) -> None:
         """What librdkafka tells of the whole client; by whichever thread polls."""
-        if error.code() in _REFUSED:
+        if _ends(error):
             self._refused = error
         else:
             self._say(error)
@@ -688,16 +723,52 @@ class UpdatesConsumer:
                 else:
                     updates.append(update)
                     messages_of.setdefault(update.id, []).append(message)
-            plan = plan_updates(updates)
-            refused: dict[str, RecognitionError] = dict(plan.rejected)
-            if plan.steps:
-                refused |= self._sink.apply(plan).rejected
-            for update_id, error in refused.items():
+            for update_id, error in self._apply(updates).items():
                 for message in messages_of[update_id]:
                     dead.append(_Dead(message, type(error).__name__, str(error)))
             return dead
 
         self._topics.run(handle, stop)
+
+    def _apply(self, updates: Sequence[UpdateByCriteria]) -> dict[str, RecognitionError]:
+        """
+        What is refused, and why; all others are applied.
+
+        Of a window that the sink refuses as a whole, and would again, smaller ones find out what it
+        is about. Where nothing at all can be applied, for want of a right for example, the error is
+        let out and nobody is given up.
+        """
+        refused: dict[str, RecognitionError] = {}
+        alone: dict[str, SinkError] = {}
+        applied = False
+        parts = [updates]
+        while parts:
+            part = parts.pop()
+            plan = plan_updates(part)
+            refused |= plan.rejected
+            if not plan.steps:
+                continue
+            try:
+                refused |= self._sink.apply(plan).rejected
+                applied = True
+            except SinkError as exc:
+                if exc.retryable:
+                    raise
+                if len(part) > 1:
+                    half = len(part) // 2
+                    parts += [part[half:], part[:half]]
+                    continue
+                alone[part[0].id] = exc
+                if not applied and len(alone) >= _REFUSED_ALONE:
+                    raise
+        if alone and not applied:
+            raise next(iter(alone.values()))
+        return refused | alone
+
+
+# As many updates that are refused one after the other, before any is applied, say that it is not
+# they that are wrong.
+_REFUSED_ALONE = 3
 
 
 def key_of(update: UpdateByCriteria) -> bytes:
@@ -751,40 +822,51 @@ class _Writer:
         )
 
     def write(self, letters: Sequence[_Letter]) -> None:
+        taken = 0
         failed: list[Any] = []
 
         def delivered(error: Any, _: object) -> None:
-            if error is not None:
+            nonlocal taken
+            if error is None:
+                taken += 1
+            else:
                 failed.append(error)
 
         with self._lock:
-            for key, value, headers in letters:
-                while True:
-                    try:
-                        self._producer.produce(
-                            self._topic, value, key, headers=list(headers), on_delivery=delivered
-                        )
-                        break
-                    except BufferError:
-                        self._producer.poll(0.1)
-                    except ck.KafkaException as exc:
-                        failed.append(exc.args[0])
-                        break
-                self._producer.poll(0)
-            # Each is delivered or given up within delivery.timeout.ms.
-            self._producer.flush()
-            if any(error.fatal() for error in failed):
+            try:
+                for key, value, headers in letters:
+                    while True:
+                        try:
+                            self._producer.produce(
+                                self._topic,
+                                value,
+                                key,
+                                headers=list(headers),
+                                on_delivery=delivered,
+                            )
+                            break
+                        except BufferError:
+                            self._producer.poll(0.1)
+                        except ck.KafkaException as exc:
+                            failed.append(exc.args[0])
+                            break
+                    self._producer.poll(0)
+                # Each is delivered or given up within delivery.timeout.ms.
+                self._producer.flush()
+            except ck.KafkaException as exc:
+                failed.append(exc.args[0])  # a fatal one: no callback is told of it
+            if any(map(_is_fatal, failed)):
                 # What an idempotent producer has given up, it cannot go on from.
                 self._producer = _open(ck.Producer, self._config)
-        if failed:
+        if taken < len(letters):
             first = next((error for error in failed if not _passes(error)), failed[0])
             told = (
-                f"{len(failed):,} of {len(letters):,} messages were not taken by Kafka:"
+                f"{len(letters) - taken:,} of {len(letters):,} messages were not taken by Kafka:"
                 f" {first.name()}; the others were"
             )
             if _passes(first):
                 raise OutcomeUnknownError(told)
-            raise SinkError(told, written=len(failed) < len(letters))
+            raise SinkError(told, written=taken > 0)
 
 
 def _to_letter(message: Any, reason: str) -> _Letter:
@@ -835,6 +917,23 @@ _CONSUMERS = re.compile(
 
 def _for_producer(options: Options) -> Options:
     return {name: value for name, value in options.items() if not _CONSUMERS.match(name)}
+
+
+def _is_read(name: str, topic: str) -> bool:
+    """Whether a topic of this name is one that is subscribed to; ``^...`` is an expression."""
+    try:
+        return name == topic or (topic.startswith("^") and re.match(topic, name) is not None)
+    except re.error:
+        return False  # not one of ours; librdkafka says so, if it is none of its own
+
+
+def _is_fatal(error: Any) -> bool:
+    """The client is at its end; of an error that comes with a message only the code says so."""
+    return bool(error.fatal()) or error.code() == ck.KafkaError._FATAL
+
+
+def _ends(error: Any) -> bool:
+    return error.code() in _REFUSED or _is_fatal(error)
 
 
 def _passes(error: Any) -> bool:
