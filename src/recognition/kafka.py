@@ -245,9 +245,8 @@ class _Topics:
                         return
                     messages = more
         finally:
-            # First, so that what a batch is still at work with is not confirmed. One that is at its
-            # end can confirm nothing, and closing it would never return: it is let go.
-            if self._refused is None or not _is_fatal(self._refused):
+            # First, so that what a batch is still at work with is not confirmed.
+            if not self._is_at_its_end():
                 consumer.close()
             pool.shutdown()
 
@@ -316,6 +315,10 @@ class _Topics:
             f"kafka-topics.sh --bootstrap-server {self._config['bootstrap.servers']} --create"
             f" --topic {name} --partitions 8",
         )
+
+    def _is_at_its_end(self) -> bool:
+        """Then it can confirm nothing, and closing it would never return: it is let go."""
+        return self._refused is not None and _is_fatal(self._refused)
 
     def _consume(self, consumer: Any, count: int, seconds: float) -> list[Any]:
         """Messages that hold something; what is wrong with the cluster is raised."""
