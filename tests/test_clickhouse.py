@@ -19,7 +19,7 @@ from recognition.errors import ConfigurationError, SinkUnavailableError, TableEr
 from recognition.messages import Between, Equals, Messages
 from recognition.planner import plan_updates
 from recognition.sinks import Sink, open_sink
-from recognition.sinks.clickhouse import _lock_name, refuse_engine
+from recognition.sinks.clickhouse import _lock_name
 from recognition.sinks.clickhouse_statements import Name, Parameter, sql
 from recognition.testing import SinkTests
 from recognition.testing.sinks import (
@@ -49,15 +49,32 @@ TYPES = {
 }
 
 
+def _shard(*ports: int, host: str = "127.0.0.1") -> str:
+    """https://clickhouse.com/docs/engines/table-engines/special/distributed#distributed-clusters"""
+    replicas = "".join(
+        f"<replica><host>{host}</host><port>{port}</port></replica>" for port in ports
+    )
+    return f"<shard>{replicas}</shard>"
+
+
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """
     The directory of the embedded engine: a process has one at a time.
 
-    The client that is held open keeps the engine running from test to test.
+    The client that is held open keeps the engine running from test to test. Clusters are known to
+    it by name alone: nothing listens on their ports, and only the host itself can be asked.
     """
     path = str(tmp_path_factory.mktemp("chdb"))
-    client = clickhouse_connect.get_client(interface="chdb", path=path)
+    config = tmp_path_factory.mktemp("config") / "config.xml"
+    config.write_text(
+        "<clickhouse><tcp_port>9000</tcp_port><remote_servers>"
+        f"<one>{_shard(9000)}</one><copies>{_shard(9000, 9001)}</copies>"
+        f"<two>{_shard(9000)}{_shard(9001, host='127.0.0.2')}</two>"
+        f"<away>{_shard(9001, host='127.0.0.2')}</away>"
+        "</remote_servers></clickhouse>"
+    )
+    client = clickhouse_connect.get_client(interface="chdb", path=f"{path}?config-file={config}")
     yield path
     client.close()
 
@@ -484,14 +501,52 @@ def test_what_cannot_be_updated_is_refused(opened: Opened, statement: str, said:
     assert said in refusal(applied)
 
 
-def test_a_distributed_table_is_refused_by_its_local_one() -> None:
-    """The text names the table that holds the rows, and the cluster that it is on."""
-    full = "Distributed('east', 'db', 'events_local', rand()) SETTINGS x = 1"
+def test_a_distributed_table_of_one_shard_is_its_local_one(opened: Opened) -> None:
+    """Where all rows lie in one table of this host, that one is updated, whatever it is called."""
+    opened.table()
+    opened.client.command("RENAME TABLE events TO events_local")
+    opened.client.command(
+        f"CREATE TABLE events ({EVENTS})"
+        " ENGINE = Distributed('one', 'test', 'events_local', rand())"
+    )
+    opened.rows(row("m1", "a1", 1), row("m2", "a2", 1))
+    sink = opened.sink()
+    plan = plan_updates([owner(1, "u1", device("a1"))])
 
-    said = refuse_engine("Distributed", full)
+    said = sink.compile(plan.steps[0])
+    applied, again = sink.apply(plan), sink.apply(plan)
 
-    assert "'db.events_local'" in said
-    assert "'east'" in said
+    assert "TABLE `test`.`events_local` UPDATE" in said or "UPDATE `test`.`events_local`" in said
+    assert (applied.rows_changed, again.rows_changed, again.rows_matched) == (1, 0, 1)
+    assert opened.column("user_id") == {"m1": "u1", "m2": None}
+
+
+@pytest.mark.parametrize(
+    ("cluster", "database", "said"),
+    [
+        ("two", "test", "2 shards (127.0.0.1; 127.0.0.2), and a statement changes rows of one"),
+        ("away", "test", "1 shards (127.0.0.2), and"),
+        ("copies", "test", "2 replicas of 'test.events_local', whose engine is MergeTree"),
+        ("one", "", "does not say in which database"),
+        ("one", "gone", "'gone.events_local', which is not there"),
+    ],
+)
+def test_a_distributed_table_is_refused_where_a_host_is_not_all(
+    opened: Opened, cluster: str, database: str, said: str
+) -> None:
+    """The text names the table that holds the rows, and the hosts of each shard."""
+    opened.table()
+    opened.rows(row("m1", "a1", 1))
+    opened.client.command("RENAME TABLE events TO events_local")
+    opened.client.command(
+        f"CREATE TABLE events ({EVENTS})"
+        f" ENGINE = Distributed('{cluster}', '{database}', 'events_local')"
+    )
+
+    reason = refusal(opened.apply(owner(1, "u1", device("a1"))))
+
+    assert "it is Distributed" in reason
+    assert said in reason
 
 
 @pytest.mark.parametrize(
@@ -745,6 +800,47 @@ def test_a_mutation_of_somebody_else_is_waited_for_and_named(opened: Opened) -> 
     opened.client.command("KILL MUTATION WHERE database = 'test' SYNC")
     assert opened.sink().unfinished("events") == opened.sink().unfinished("nowhere") == []
     assert opened.apply(owner(1, "u1", device("a1"))).rows_changed == 1
+
+
+@pytest.mark.parametrize(
+    ("strategy", "rest", "statement"),
+    [
+        ("update", BY_DAY, "UPDATE `"),
+        ("delete-and-insert", BY_OWNER, "INSERT INTO `test`.`events`"),
+    ],
+)
+def test_a_table_with_too_many_parts_is_waited_for(
+    opened: Opened, strategy: str, rest: str, statement: str
+) -> None:
+    """With error 252 a statement is sent again until merges have caught up, or time is over."""
+    opened.table(rest=rest, settings=f"{KEYED}, parts_to_throw_insert = 3")
+    opened.client.command("SYSTEM STOP MERGES events")
+    for n in range(3):
+        opened.rows(row(f"m{n}", "a1", 0))
+    plan = plan_updates([owner(1, "u1", device("a1"))])
+
+    with pytest.raises(SinkUnavailableError, match="252") as caught:
+        opened.sink(strategy=strategy, timeout=0.3).apply(plan)
+    sent = []
+
+    def run(text: Any, *args: Any, **more: Any) -> None:
+        if text.render()[0].startswith(statement):
+            sent.append(time.monotonic())
+            if len(sent) == 3:  # and so merges have caught up
+                opened.client.command(
+                    "ALTER TABLE events MODIFY SETTING parts_to_throw_insert = 99"
+                )
+        type(sink._server).run(sink._server, text, *args, **more)
+
+    sink = opened.sink(strategy=strategy)
+    sink._server.run = run
+    sink.apply(plan)
+
+    assert caught.value.retryable
+    assert len(sent) == 3
+    assert sent[2] - sent[1] > 1.5 * 0.1  # each pause is longer
+    assert opened.column("user_id") == {f"m{n}": "u1" for n in range(3)}
+    assert opened.made() == []
 
 
 def test_a_stuck_mutation_of_a_dead_worker_is_killed(opened: Opened) -> None:

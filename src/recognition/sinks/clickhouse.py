@@ -191,6 +191,7 @@ _CROWDED = {252, 692}
 _MADE = re.compile(r"(recognition_stage_|recognition_broken_)([0-9a-f]{8}_[0-9a-f]{8})")
 
 _SETTING = re.compile(r"(\w+) = ('(?:[^'\\]|\\.)*'|[^,\s]+)")
+_DISTRIBUTED = re.compile(r"Distributed\('([^']*)', '([^']*)', '([^']*)'")
 _ARGUMENTS = re.compile(r"\w+\(([^)]*)\)")
 
 
@@ -1172,6 +1173,12 @@ class ClickhouseSink:
         if not found or len(parts) > 2:
             return None
         database_name, table_name, engine, full, sorting, views = found[0]
+        distributed = ""
+        if engine == "Distributed":
+            local, distributed = self._local(full)
+            if local is not None and not distributed:
+                self._tables[name] = local
+                return local
         where = (Parameter("String", database_name), Parameter("String", table_name))
         columns: dict[str, Column] = {}
         ambiguous: dict[str, str] = {}
@@ -1230,10 +1237,53 @@ class ClickhouseSink:
             column_bytes=sizes,
             views=tuple(views),
             projections=projections,
-            refused=refuse_engine(engine, full),
+            refused=distributed or refuse_engine(engine),
         )
         self._tables[name] = table
         return table
+
+    def _local(self, full: str) -> tuple[Table | None, str]:
+        """
+        The table that holds all rows of a Distributed one, or why it is not on this host.
+
+        https://clickhouse.com/docs/engines/table-engines/special/distributed and
+        https://clickhouse.com/docs/operations/system-tables/clusters
+        """
+        named = _DISTRIBUTED.match(full)
+        if named is None or not named[2]:
+            return None, (
+                "it is Distributed and holds no rows, and its definition does not say in which"
+                " database its local table is; name the local table"
+            )
+        cluster, database, name = named[1], named[2], named[3]
+        replicas = self._server.rows(
+            sql(
+                "SELECT shard_num, host_name, is_local FROM system.clusters WHERE cluster = %"
+                " ORDER BY shard_num, replica_num",
+                Parameter("String", cluster),
+            )
+        )
+        by_shard: defaultdict[int, list[str]] = defaultdict(list)
+        for shard, host, _ in replicas:
+            by_shard[int(shard)].append(str(host))
+        here = any(is_local for *_, is_local in replicas)
+        if len(by_shard) != 1 or not here:
+            hosts = "; ".join(" or ".join(hosts) for hosts in by_shard.values())
+            return None, (
+                f"it is Distributed and holds no rows. Cluster {cluster!r} has {len(by_shard)}"
+                f" shards ({hosts}), and a statement changes rows of one of them alone; open a sink"
+                f" on one host of each shard and name {f'{database}.{name}'!r} there"
+            )
+        local = self._find(f"{database}.{name}") if "." not in f"{database}{name}" else None
+        if local is None:
+            return None, f"it is Distributed over {f'{database}.{name}'!r}, which is not there"
+        if len(replicas) > 1 and not local.replicated:
+            return None, (
+                f"it is Distributed over {len(replicas)} replicas of {f'{database}.{name}'!r},"
+                f" whose engine is {local.engine}: it does not replicate what is changed in one;"
+                f" make it a Replicated{local.engine}, or apply to each replica"
+            )
+        return local, ""
 
     def _complete(self, table: Table | None, shape: Shape) -> Table:
         """The table with what it lacks for the shape, as a MergeTree would have it."""
@@ -1667,18 +1717,10 @@ def _number(given: dict[str, Any], name: str, default: float) -> float:
         raise ConfigurationError(f"{name} is {said!r}; it is a number") from None
 
 
-def refuse_engine(engine: str, full: str) -> str:
+def refuse_engine(engine: str) -> str:
     """Why nothing in a table of this engine can be set, or ``""``."""
     if engine.endswith("View"):
         return "it is a view; updates need the table under it"
-    if engine == "Distributed":
-        named = re.match(r"Distributed\('([^']*)', '([^']*)', '([^']*)'", full)
-        local = f"{named[2]}.{named[3]}" if named else "its local table"
-        cluster = f" of cluster {named[1]!r}" if named else ""
-        return (
-            f"it is Distributed and holds no rows; open a sink on one host of each shard{cluster}"
-            f" and name {local!r} there"
-        )
     if not engine.endswith("MergeTree"):
         return f"its engine is {engine}; only tables of the MergeTree family can be updated"
     return ""
