@@ -15,7 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recognition.errors import ConfigurationError, SinkUnavailableError, TableError
+from recognition.errors import (
+    ConfigurationError,
+    SinkError,
+    SinkUnavailableError,
+    TableError,
+)
 from recognition.messages import Between, Equals, Messages
 from recognition.planner import plan_updates
 from recognition.sinks import Sink, open_sink
@@ -841,6 +846,47 @@ def test_a_table_with_too_many_parts_is_waited_for(
     assert sent[2] - sent[1] > 1.5 * 0.1  # each pause is longer
     assert opened.column("user_id") == {f"m{n}": "u1" for n in range(3)}
     assert opened.made() == []
+
+
+def test_a_table_with_too_many_mutations_is_waited_for(opened: Opened) -> None:
+    """With error 692, which others have caused in the meantime, it is sent again with pauses."""
+    opened.table(settings="number_of_mutations_to_throw = 1, number_of_mutations_to_delay = 1")
+    opened.rows(row("m1", "a1", 1))
+    sink = opened.sink(strategy="alter")
+    sent = 0
+
+    def run(statement: Any, *args: Any, **more: Any) -> None:
+        nonlocal sent
+        if statement.render()[0].startswith("ALTER TABLE"):
+            sent += 1
+            if sent == 1:
+                opened.client.command(
+                    "ALTER TABLE events UPDATE recognition_version = sleepEachRow(1) WHERE 1",
+                    settings={"mutations_sync": 0},
+                )
+        type(sink._server).run(sink._server, statement, *args, **more)
+
+    sink._server.run = run
+    sink.apply(plan_updates([update(1, {"user_id": "u1"}, device("a1"))]))
+
+    assert sent > 1
+    assert opened.column("user_id") == {"m1": "u1"}
+
+
+def test_a_mutation_of_ours_that_fails_is_killed_and_reported(opened: Opened) -> None:
+    """The error says which one and with which code; nothing of it is left to block others."""
+    opened.table(f"{EVENTS}, secret UInt8 MATERIALIZED throwIf(ifNull(user_id = 'u1', 0))")
+    opened.rows(row("m1", "a1", 1))
+
+    said = r"mutation_\d+.txt of .* failed \(395 .* was killed"
+    with pytest.raises(SinkError, match=said) as caught:
+        opened.apply(owner(1, "u1", device("a1")), strategy="alter")
+
+    assert caught.value.written
+    found = opened.client.query("SELECT count() FROM system.mutations WHERE NOT is_done")
+    assert found.result_rows == [(0,)]
+    assert opened.made() == []
+    assert opened.apply(owner(2, "u2", device("a1")), strategy="alter").rows_changed == 1
 
 
 def test_a_stuck_mutation_of_a_dead_worker_is_killed(opened: Opened) -> None:
