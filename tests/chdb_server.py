@@ -12,7 +12,8 @@ is not: many users with grants, replicas, a keeper, clusters.
 The user ``reader`` may only read. A fault is set by ``/fault?kind=KIND&pattern=PATTERN&skip=N`` and
 befalls one statement that the pattern is found in, after the first N of them: ``drop`` cuts the
 connection before it is carried out, ``cut`` afterwards, ``hang`` carries it out and does not
-answer, ``pause`` answers after a second. ``/faulted`` says whether it happened.
+answer, ``pause`` answers after a second; ``&seconds=`` says for how long. ``/faulted`` says whether
+it happened.
 """
 
 from __future__ import annotations
@@ -56,16 +57,16 @@ class Engine(ThreadingHTTPServer):
     faulted = False
     lock = threading.Lock()
 
-    def take_fault(self, statement: str) -> str | None:
+    def take_fault(self, statement: str) -> tuple[str | None, float]:
         with self.lock:
             fault = self.fault
             if fault is None or re.search(fault["pattern"], statement) is None:
-                return None
+                return None, 0.0
             if fault["skip"] > 0:
                 self.fault = {**fault, "skip": fault["skip"] - 1}
-                return None
+                return None, 0.0
             self.fault = None
-            return str(fault["kind"])
+            return str(fault["kind"]), float(fault["seconds"])
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -124,7 +125,7 @@ class Handler(BaseHTTPRequestHandler):
         head = re.match(rb"\s*INSERT INTO [^\n]*FORMAT Native\s*?\n", text)
         insert, body = head is not None, text[head.end() :] if head else b""
         statement = (head[0] if head else text).decode().strip()
-        fault = self.server.take_fault(statement)
+        fault, seconds = self.server.take_fault(statement)
         if fault != "drop":
             try:
                 result = self.run(statement, body if insert else None, given, user)
@@ -133,9 +134,11 @@ class Handler(BaseHTTPRequestHandler):
                 return
         if fault in ("hang", "pause"):
             self.server.faulted = True
-            time.sleep(20 if fault == "hang" else 1)
+            time.sleep(seconds)
         if fault in ("drop", "cut", "hang"):
-            self.server.faulted = True
+            # It was noted before a pause: by now another one may be waited for.
+            if fault != "hang":
+                self.server.faulted = True
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
             return
@@ -237,9 +240,12 @@ class Server:
         key = f":{self.password}" if self.password else ""
         return f"clickhouse://{user}{key}@127.0.0.1:{self.port}/{database}?{more}"
 
-    def fault(self, kind: str, pattern: str, skip: int = 0) -> None:
+    def fault(self, kind: str, pattern: str, skip: int = 0, seconds: float | None = None) -> None:
         """Let one statement go wrong."""
-        self._ask(f"fault?{urlencode({'kind': kind, 'pattern': pattern, 'skip': skip})}")
+        if seconds is None:
+            seconds = 20.0 if kind == "hang" else 1.0
+        given = {"kind": kind, "pattern": pattern, "skip": skip, "seconds": seconds}
+        self._ask(f"fault?{urlencode(given)}")
 
     def faulted(self) -> bool:
         """Whether it did."""

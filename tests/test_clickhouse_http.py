@@ -7,12 +7,14 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any, cast
 
 import clickhouse_connect
 import pytest
+from clickhouse_connect.driver.exceptions import ClickHouseError
 
 import recognition.sinks.clickhouse
 from applying import Worker
@@ -220,8 +222,32 @@ def test_a_statement_that_takes_too_long_may_have_happened(server: Server, clien
     assert users(client) == {"m1": "u1", "m2": None}
 
 
+def test_a_fault_is_over_when_it_has_happened(server: Server, client: Any) -> None:
+    """Of the stand-in: a statement that hung, and ends, is not taken for the next fault."""
+    server.fault("hang", "SELECT 1", seconds=1.0)
+    hanging = threading.Thread(target=_ask_in_vain, args=(server,))
+    hanging.start()
+    while not server.faulted():
+        time.sleep(0.02)
+
+    server.fault("drop", "SELECT 2 that nobody asks")
+    hanging.join()
+    time.sleep(0.2)
+
+    assert not server.faulted()
+
+
+def _ask_in_vain(server: Server) -> None:
+    client = clickhouse_connect.get_client(
+        host="127.0.0.1", port=server.port, username="default", password=server.password,
+    )  # fmt: skip
+    with suppress(ClickHouseError):
+        client.command("CREATE TABLE test.one ENGINE = Memory AS SELECT 1")
+    client.close()
+
+
 def apply_as_a_worker(sink: Any, plan: Plan) -> Applied:
-    """The server may close a connection that it had held open: whoever delivers tries again."""
+    """Whoever delivers tries again what may be tried again."""
     for _ in range(4):
         try:
             applied: Applied = sink.apply(plan)

@@ -171,6 +171,7 @@ _SAID: Mapping[int, tuple[type[SinkError], str]] = {
     242: (SinkUnavailableError, "the replica is read-only for now"),
     159: (SinkUnavailableError, "the server's time limit for a query is over"),
     202: (SinkUnavailableError, "too many queries run at once"),
+    216: (SinkUnavailableError, "the same statement still runs"),
     209: (SinkUnavailableError, "a replica or the keeper did not answer in time"),
     210: (SinkUnavailableError, "a replica cannot be reached"),
     225: (SinkUnavailableError, "there is no keeper for replicated tables"),
@@ -562,8 +563,8 @@ class ClickhouseSink:
         self._write(
             moved.insert(_lock_name(table), Name(f"w_{window.id}")),
             {
-                # Whoever sends it again while it runs is refused (error 216), so that it cannot
-                # insert twice; the client does so where it loses a connection.
+                # Where a client or a proxy sends it again while it runs, the server refuses it
+                # (error 216); once it is done, it finds nothing missing.
                 "query_id": f"{name}_{secrets.token_hex(4)}",
                 # A block that was inserted before with the same rows is none that may be left out.
                 "insert_deduplicate": 0,

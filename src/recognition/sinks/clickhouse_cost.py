@@ -40,8 +40,9 @@ _UPDATE_CHANGED = 0.5
 _APPLY_COLUMN, _APPLY_CHANGED = 0.067, 0.2
 # Whole rows: all columns of the granules that hold one, merged by FINAL, and written.
 _WHOLE_READ, _FINAL, _WHOLE_CHANGED = 0.6, 0.2, 10.8
-# Rows that are moved are found again by their numbers: to look for new ones, to delete, to verify.
-_MOVE_SCAN = 0.12
+# Rows that are moved are found again by their numbers, to look for new ones, to delete and to
+# verify; each is compared with what came since.
+_MOVE_SCAN, _MOVE_CHANGED = 0.12, 35.0
 # Patches of the format v2 hold the sorting key, per megabyte that its columns have compressed.
 _V2_MEGABYTE = 0.007
 
@@ -219,6 +220,6 @@ def _cost(work: Work, partition: Partition, strategy: str) -> tuple[float, float
         return cpu, column_bytes + patch_bytes
     granules = max(partition.rows / _GRANULE, 1.0)
     touched = 1 - math.exp(-matched / _VISIT / granules)
-    again = _FINAL if strategy == INSERT else _MOVE_SCAN
-    cpu = (_SCAN + again + _WHOLE_READ * touched) * rows + _WHOLE_CHANGED * changed
+    again, each = (_FINAL, _WHOLE_CHANGED) if strategy == INSERT else (_MOVE_SCAN, _MOVE_CHANGED)
+    cpu = (_SCAN + again + _WHOLE_READ * touched) * rows + each * changed
     return cpu, 2 * partition.bytes * matched / max(partition.rows, 1)
