@@ -276,7 +276,7 @@ def test_a_worker_that_dies_is_cleaned_up_after(
         worker.kill()
 
     sink = open_sink(server.url("test"), timeout=30)
-    applied = apply_as_a_worker(sink, plan_updates(window))
+    applied = sink.apply(plan_updates(window))
     sink.close()
 
     column = "user_id" if versioned else "stitched_user_id"

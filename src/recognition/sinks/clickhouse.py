@@ -22,6 +22,8 @@ made for a window carries the window's id, which begins with the server's time.
 excludes rows which already hold their values makes the same window safe to apply again. The ledger
 (see `sql.py` for what it is for) is written *before* the rows, under the lock: what is noted and
 not written is written when the window comes again, and until then earlier updates leave it alone.
+Rows that are on their way to another key lie in a table of their own, which outlives the window:
+whoever has the target's lock next completes what was begun, see `Moved`.
 
 No value ever becomes part of a statement's text. Values travel in the staged rows or as parameters
 of the server; names are quoted after they were found in the real table; a `Fragment` is made of
@@ -216,8 +218,8 @@ class ClickhouseSink:
         statement_timeout: How long one statement may run, in seconds. After that it may still run
             on the server; the next call waits for it.
         ledger_days: After how many days the ledger may forget what was applied.
-        strategy: ``auto``, or one of ``update``, ``alter`` and ``insert`` for all tables that can
-            have it; the updates of the others are refused, with the reason.
+        strategy: ``auto``, or one of ``update``, ``alter``, ``insert`` and ``delete-and-insert``
+            for all tables that can have it; the updates of the others are refused, with the reason.
         patches: ``auto`` applies the patches of a lightweight update where reading them would cost
             more, ``always`` at once, ``never`` leaves them to merges.
     """
