@@ -668,6 +668,21 @@ def test_partitions_without_matches_are_not_touched(opened: Opened, strategy: st
         assert days >= {"20260102", "20260104"}
 
 
+def test_a_mutation_has_one_command_for_all_partitions(opened: Opened) -> None:
+    """Each command of an ALTER is one more pass over every part; there is one, of a step."""
+    opened.table()
+    opened.rows(*(row(f"m{n}", f"a{n % 3 == 2}", n * DAY) for n in range(6)))
+
+    applied = opened.apply(owner(1, "u1", device("aFalse"), between(0, 9 * DAY)), strategy="alter")
+
+    mutations = opened.client.query(
+        "SELECT is_done FROM system.mutations WHERE database = 'test' AND table = 'events'"
+    )
+    assert applied.rows_changed == 4
+    assert opened.column("user_id") == {f"m{n}": None if n % 3 == 2 else "u1" for n in range(6)}
+    assert mutations.result_rows == [(1,)]
+
+
 def test_applying_again_writes_no_part(opened: Opened) -> None:
     """The second time not one part is made, by either way."""
     opened.table()

@@ -136,9 +136,6 @@ _ORPHAN = 86_400  # seconds, after which nobody wakes up whose lock was broken
 # https://clickhouse.com/docs/sql-reference/statements/update: since 25.7.
 _FIRST_WITH_UPDATE = (25, 7)
 
-# An ALTER names its partitions one by one; `max_query_size` is 256 KiB of text.
-_COMMANDS = 25
-
 # How many rows a visitor has, where the update does not say: about 20 in the event files that we
 # measured with.
 _UNKNOWN_ROWS = 20
@@ -498,9 +495,8 @@ class ClickhouseSink:
             self._mutate(window, table, statements.update(None if whole else updated))
             after = self._survey(table).patch_parts
             changed += sum(r for name, r in after.items() if name not in survey.patch_parts)
-        for first in range(0, len(altered), _COMMANDS):
-            some = altered[first : first + _COMMANDS]
-            self._mutate(window, table, statements.alter(some))
+        if altered:
+            self._mutate(window, table, statements.alter(altered))
         if choice.partitions(INSERT):
             aside = window.name(table, "whole")
             self._server.run(statements.create_whole(aside))
@@ -629,7 +625,7 @@ class ClickhouseSink:
             whole = every and len(updated) == len(choice.by_partition)
             sent.append(statements.update(None if whole else updated))
         if altered:
-            sent.append(statements.alter(altered[:_COMMANDS]))
+            sent.append(statements.alter(altered))
         if choice.partitions(INSERT):
             aside = Name(f"{STAGE}1_whole")
             sent += [statements.select_whole(aside), statements.insert_whole(aside)]

@@ -687,21 +687,25 @@ class Statements:
         )
 
     def alter(self, partitions: Sequence[str] | None) -> Fragment:
-        """https://clickhouse.com/docs/sql-reference/statements/alter/update"""
-        where, assignments = _all([*self.selects(), *self.lacks()]), self._assignments()
-        if partitions is None:
-            commands = [sql("UPDATE % WHERE %", assignments, where)]
-        else:
-            commands = [
-                sql(
-                    "UPDATE % IN PARTITION ID % WHERE %",
-                    assignments,
-                    Parameter("String", partition),
-                    where,
-                )
-                for partition in partitions
-            ]
-        return sql("ALTER TABLE % %", self.table.named(), join(", ", commands))
+        """
+        https://clickhouse.com/docs/sql-reference/statements/alter/update
+
+        One command for all partitions: twelve of them, with ``IN PARTITION`` each, took 1.1 to 1.7
+        CPU seconds in 300,000 rows where one takes 0.7 to 0.8.
+        """
+        where = [*self.selects(), *self.lacks()]
+        within = sql("")
+        if partitions is not None and len(partitions) == 1:
+            within = sql(" IN PARTITION ID %", Parameter("String", partitions[0]))
+        elif partitions is not None:
+            where.insert(0, self.inside(partitions))
+        return sql(
+            "ALTER TABLE % UPDATE %% WHERE %",
+            self.table.named(),
+            self._assignments(),
+            within,
+            _all(where),
+        )
 
     def apply_patches(self, partition: str) -> Fragment:
         """https://clickhouse.com/docs/sql-reference/statements/alter/apply-patches"""
