@@ -409,6 +409,23 @@ def test_messages_that_a_later_update_named_are_spared(database: Dataset, opened
     assert late.rejected == ()
 
 
+def test_rows_and_notes_that_are_there_twice_do_no_harm(database: Dataset, opened: Opened) -> None:
+    """No key is enforced: each row of a message is set, and a line of the ledger counts once."""
+    database.write("events", [row("m1", "a1", 1), row("m1", "a1", 1), row("m2", "a1", 5)])
+    refs = (("m2", at(5)),)
+    named = Messages(id_column="message_id", time_column="timestamp", refs=refs)
+    sink = opened()
+    later = apply(sink, update(3, {"stitched_user_id": "C"}, device("a1"), between(0, 2)))
+    apply(sink, update(2, {"stitched_user_id": "B"}, device("a1"), named))
+    database.run("INSERT INTO recognition_ledger SELECT * FROM recognition_ledger")
+
+    apply(sink, update(1, {"stitched_user_id": "A"}, device("a1"), between(0, 9)))
+
+    assert later.rows_changed == 2
+    found = sorted(database.run("SELECT message_id, stitched_user_id FROM events"))
+    assert found == [("m1", "C"), ("m1", "C"), ("m2", "B")]
+
+
 def test_rows_can_be_loaded_and_stamped(database: Dataset, opened: Opened) -> None:
     """`load` makes the table, inserts a key once, and puts a newer stamp in the place of one."""
     columns = {"message_id": "text", "anonymous_id": "text", "user_id": "text", "timestamp": "time"}
@@ -538,6 +555,8 @@ def test_errors_say_what_to_do(
     assert type(caught.value) is kind
     assert named in str(caught.value)
     assert "secret-key" not in str(caught.value)
+    assert caught.value.written is False
+    assert caught.value.retryable == (kind is SinkUnavailableError)
     assert database.column("user_id") == {"m1": None}
 
 
@@ -576,6 +595,22 @@ def test_a_missing_dataset_is_said(database: Dataset, opened: Opened) -> None:
     """No dataset of this name, or none in this location."""
     with pytest.raises(TableError, match="not in the location"):
         apply(opened("bigquery://p1/nowhere"), update(1, {"user_id": "u1"}, device("a1")))
+
+
+def test_another_dataset_that_is_missing_refuses_its_updates_alone(
+    database: Dataset, opened: Opened
+) -> None:
+    """What names a dataset that is not there does not keep the rest of the window."""
+    database.write("events", [row("m1", "a1", 1)])
+
+    applied = apply(
+        opened(),
+        update(1, {"user_id": "u1"}, device("a1")),
+        update(2, {"user_id": "u1"}, device("a1"), table="nowhere.events"),
+    )
+
+    assert "no table 'nowhere.events'" in refusal(applied)
+    assert database.column("user_id") == {"m1": "u1"}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Not run on Databricks itself; `databricks_driver.py` says what is refused in its
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
@@ -293,6 +294,23 @@ def test_messages_that_a_later_update_named_are_spared(database: Schema, opened:
     assert late.rejected == ()
 
 
+def test_rows_and_notes_that_are_there_twice_do_no_harm(database: Schema, opened: Opened) -> None:
+    """No key is enforced: each row of a message is set, and a line of the ledger counts once."""
+    database.write("events", [row("m1", "a1", 1), row("m1", "a1", 1), row("m2", "a1", 5)])
+    refs = (("m2", at(5)),)
+    named = Messages(id_column="message_id", time_column="timestamp", refs=refs)
+    sink = opened()
+    later = apply(sink, update(3, {"stitched_user_id": "C"}, device("a1"), between(0, 2)))
+    apply(sink, update(2, {"stitched_user_id": "B"}, device("a1"), named))
+    database.run("INSERT INTO recognition_ledger SELECT * FROM recognition_ledger")
+
+    apply(sink, update(1, {"stitched_user_id": "A"}, device("a1"), between(0, 9)))
+
+    assert later.rows_changed == 2
+    found = sorted(database.run("SELECT message_id, stitched_user_id FROM events"))
+    assert found == [("m1", "C"), ("m1", "C"), ("m2", "B")]
+
+
 def test_rows_can_be_loaded_and_stamped(database: Schema, opened: Opened) -> None:
     """`load` makes the table, inserts a key once, and puts a newer stamp in the place of one."""
     columns = {"message_id": "text", "anonymous_id": "text", "user_id": "text", "timestamp": "time"}
@@ -553,6 +571,42 @@ def test_a_view_is_refused(database: Schema, opened: Opened) -> None:
     applied = apply(opened(), update(1, {"user_id": "u1"}, device("a1"), table="shown"))
 
     assert "is a view" in refusal(applied)
+
+
+def test_a_catalog_that_is_missing_refuses_its_updates_alone(
+    database: Schema, opened: Opened
+) -> None:
+    """What names a catalog that is not there does not keep the rest of the window."""
+    database.write("events", [row("m1", "a1", 1)])
+    missing = refused_as("NO_SUCH_CATALOG_EXCEPTION")
+    database.warehouse.fail(begins="SELECT table_type FROM `nowhere`", error=missing, times=9)
+
+    applied = apply(
+        opened(),
+        update(1, {"user_id": "u1"}, device("a1")),
+        update(2, {"user_id": "u1"}, device("a1"), table="nowhere.web.events"),
+    )
+
+    assert "no table 'nowhere.web.events'" in refusal(applied)
+    assert database.column("user_id") == {"m1": "u1"}
+
+
+def test_the_token_is_nowhere(
+    database: Schema, opened: Opened, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not in what a sink shows of itself, nor in logs and errors."""
+    caplog.set_level(logging.DEBUG)
+    database.write("events", [row("m1", "a1", 1)])
+    sink = opened(timeout=0, connect_args={"access_token": "t0ken"})
+    apply(sink, update(1, {"user_id": "u1"}, device("a1")))
+    database.warehouse.fail(begins="MERGE", error=exc.RequestError("s3cr3t"), times=9)
+    with pytest.raises(OutcomeUnknownError) as caught:
+        apply(sink, update(2, {"user_id": "u2"}, device("a1")))
+
+    shown = [repr(sink), repr(sink._engine), caplog.text, str(caught.value), str(vars(sink))]
+
+    assert database.given[0]["access_token"] == "t0ken"
+    assert not any(secret in each for secret in ("s3cr3t", "t0ken") for each in shown)
 
 
 def test_types_are_read_from_the_catalogue(database: Schema, opened: Opened) -> None:

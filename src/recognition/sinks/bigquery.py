@@ -296,7 +296,12 @@ class BigquerySink(MergingSink):
     def _tables(self, connection: sa.Connection, dataset: str) -> list[str]:
         client = _session(connection).client
         with _told_as_sqlalchemy_does("tables.list"):
-            return [table.table_id for table in client.list_tables(dataset)]
+            try:
+                return [table.table_id for table in client.list_tables(dataset)]
+            except NotFound:
+                if dataset == f"{self._project}.{self._dataset}":
+                    raise
+                return []  # an update named it: only its own table is missing
 
     def noted_name(self, target: Target) -> str:
         """With project and dataset, however they were given."""

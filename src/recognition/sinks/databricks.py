@@ -69,6 +69,8 @@ _FLOATS = {"float": 3.4028234663852886e38, "double": sys.float_info.max}
 
 # Error classes of https://docs.databricks.com/error-messages/error-classes.html.
 _CONFLICTS = ("DELTA_CONCURRENT_", "DELTA_METADATA_CHANGED", "DELTA_PROTOCOL_CHANGED")
+# A catalog that is missing, or hidden, has no INFORMATION_SCHEMA either.
+_NO_CATALOG = ("NO_SUCH_CATALOG_EXCEPTION", "SCHEMA_NOT_FOUND", "TABLE_OR_VIEW_NOT_FOUND")
 _GRANTS = (
     "a privilege is missing; as the owner run: GRANT USE CATALOG ON CATALOG .., GRANT USE SCHEMA "
     "ON SCHEMA .., GRANT SELECT, MODIFY ON TABLE .. and, for the ledger, GRANT CREATE TABLE ON "
@@ -203,9 +205,13 @@ class DatabricksSink(MergingSink):
         where = "table_schema = :schema AND table_name = :name"
         given = {"schema": schema, "name": name}
         held = f"{self._engine.dialect.identifier_preparer.quote_identifier(catalog)}."
-        kind = connection.execute(
-            sa.text(f"SELECT table_type FROM {held}information_schema.tables WHERE {where}"), given
-        ).scalar()
+        look = sa.text(f"SELECT table_type FROM {held}information_schema.tables WHERE {where}")
+        try:
+            kind = connection.execute(look, given).scalar()
+        except sa.exc.DBAPIError as exc:
+            if catalog == self._catalog.lower() or _class_of(exc.orig) not in _NO_CATALOG:
+                raise
+            kind = None  # an update named it: only its own table is missing
         if kind is None:
             return None
         rows = connection.execute(
