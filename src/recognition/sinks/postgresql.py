@@ -379,7 +379,10 @@ class PostgresqlSink(PostgresLikeSink):
             raise sa.exc.DBAPIError(
                 "COPY", None, exc, hide_parameters=True, connection_invalidated=driver.closed
             ) from exc
-        transaction.execute_text(f"ANALYZE {self._quote(name)}")
+        # By these rows are joined; of other columns the planner makes no use.
+        joined = [c.name for c in columns if c.name.startswith("equal_") or c.name == "workspace"]
+        listed = f" ({', '.join(joined)})" if joined else ""
+        transaction.execute_text(f"ANALYZE {self._quote(name)}{listed}")
 
     def inline(
         self,
