@@ -195,8 +195,11 @@ def test_a_plan_is_one_transaction_of_one_session(database: Dataset, opened: Ope
     assert (first.statements, second.statements) == (6, 3)
 
 
-def test_one_statement_needs_no_transaction(database: Dataset, opened: Opened) -> None:
+def test_one_statement_needs_no_transaction(
+    database: Dataset, opened: Opened, caplog: pytest.LogCaptureFixture
+) -> None:
     """With versions a MERGE is all that writes: a worker that dies leaves nothing open."""
+    caplog.set_level("DEBUG", "recognition.sinks.bigquery")
     database.write("events", [row(f"m{n}", f"a{n}", n) for n in range(20)])
     sink = opened()
     wanted = [
@@ -211,6 +214,7 @@ def test_one_statement_needs_no_transaction(database: Dataset, opened: Opened) -
 
     assert (applied.rows_changed, applied.statements) == (20, 1)
     assert first == ["SELECT 1", "MERGE INTO"]
+    assert "COMMIT; 10485760 bytes were processed" in caplog.text
     assert sent(database.server)[-1] == "ROLLBACK TRANSACTION"
 
 

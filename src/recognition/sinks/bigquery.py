@@ -522,7 +522,8 @@ class _Session:
         """COMMIT or ROLLBACK, where something is open."""
         if self._open and not self._failed:
             self._send(f"{how} TRANSACTION", self._id)
-            _log.debug("%s; %d bytes were processed in the transaction", how, self._bytes)
+        if self._bytes:
+            _log.debug("%s; %d bytes were processed", how, self._bytes)
         self._open = False
         self._bytes = 0
         if self._failed:
