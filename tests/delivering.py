@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import sys
 import threading
@@ -42,10 +41,12 @@ class Noted:
         begin = time.time()
         if self._stall is not None:
             stall, self._stall = self._stall, None
-            # Not while the lease is renewed: stopped in a transaction, it would lock the graph.
+            # Not while the lease is renewed: stopped in a transaction, it would lock the graph. And
+            # to this very thread: where the process is told, any thread may take the signal, and on
+            # a busy machine this one has begun its transaction before another one has woken up.
             with self.leases:
                 stall.touch()
-                os.kill(os.getpid(), signal.SIGSTOP)
+                signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         applied: Applied = self._sink.apply(plan)
         note = {"begin": begin, "end": time.time(), "updates": plan.updates}
         with self._log.open("a") as file:

@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from random import Random
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+import recognition.sinks.mysql
 from applying import Worker
 from mariadb import GivenServer
 from recognition.errors import OutcomeUnknownError, SinkUnavailableError
@@ -224,3 +226,40 @@ def test_a_connection_that_is_cut_at_any_point(database: Database) -> None:
             column = "user_id" if versioned else "stitched_user_id"
             assert database.column(column, table) == expect(window), f"point {point}"
     assert len(cut) > POINTS // 2
+
+
+def test_a_client_that_stands_still_in_a_transaction(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Its locks end with its session, after a minute (a second here), and another one goes on.
+
+    When it wakes it is told that a retry helps, and the rows are as if it had never stopped.
+    """
+    monkeypatch.setattr(recognition.sinks.mysql, "_IDLE", 1)
+    window = make_window(Random(7), "events", False, size=40)
+    plan = plan_updates(window)
+    _make_table(database, "events", make_rows())
+    stopped, wake = threading.Event(), threading.Event()
+    with closing(open_sink(database.url)) as one, closing(open_sink(database.url)) as other:
+        assert isinstance(one, MysqlSink)
+
+        @sa.event.listens_for(one._engine, "after_cursor_execute")
+        def stand_still(connection: sa.Connection, _: Any, statement: str, *rest: Any) -> None:
+            if statement.startswith("UPDATE") and not stopped.is_set():
+                stopped.set()
+                wake.wait(60)
+
+        thread = threading.Thread(target=one.apply, args=(plan,))
+        thread.start()
+        assert stopped.wait(30)
+        began = time.monotonic()
+        other.apply(plan)
+        waited = time.monotonic() - began
+        found = database.column("stitched_user_id", "events")
+        wake.set()
+        thread.join(60)
+
+    assert not thread.is_alive()
+    assert 0.5 < waited < 20
+    assert found == database.column("stitched_user_id", "events") == expect(window)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+import recognition.sinks.postgresql
 from applying import Worker
 from postgres import GivenServer, Proxy
 from recognition.errors import OutcomeUnknownError, RecognitionError
@@ -265,6 +266,42 @@ def test_a_session_that_is_ended_at_any_point(database: Database) -> None:
             found = database.column(_column(versioned), table)
             assert found == expect(window), f"point {point}"
     assert len(ended) > POINTS // 2
+
+
+def test_a_client_that_stands_still_in_a_transaction(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Its locks end with its session, after a minute (a second here), and another one goes on.
+
+    When it wakes it is told that a retry helps, and the rows are as if it had never stopped.
+    """
+    monkeypatch.setattr(recognition.sinks.postgresql, "_IDLE", 1.0)
+    window = make_window(Random(7), "events", False, size=40)
+    _make_table(database, "events", make_rows())
+    stopped, wake = threading.Event(), threading.Event()
+    with closing(open_sink(database.url)) as one, closing(open_sink(database.url)) as other:
+        assert isinstance(one, PostgresqlSink)
+
+        @sa.event.listens_for(one._engine, "after_cursor_execute")
+        def stand_still(connection: sa.Connection, _: Any, statement: str, *rest: Any) -> None:
+            if statement.startswith("UPDATE") and not stopped.is_set():
+                stopped.set()
+                wake.wait(60)
+
+        thread = threading.Thread(target=_apply, args=(one, window))
+        thread.start()
+        assert stopped.wait(30)
+        began = time.monotonic()
+        _apply(other, window)
+        waited = time.monotonic() - began
+        found = database.column(_column(False), "events")
+        wake.set()
+        thread.join(60)
+
+    assert not thread.is_alive()
+    assert 0.5 < waited < 20
+    assert found == database.column(_column(False), "events") == expect(window)
 
 
 def _end_when_active(database: Database, pid: int) -> None:

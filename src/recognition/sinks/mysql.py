@@ -55,6 +55,12 @@ from recognition.sinks.sql import (
     render_json,
 )
 
+# In seconds, as long as a lease in `recognition.delivery`: where a worker stands still, or its machine
+# is gone, in the middle of a transaction, the server ends the session, and another one goes on. It
+# ends what is idle between transactions as well: the pool connects again then
+# (https://dev.mysql.com/doc/refman/8.0/en/server-system-variables.html#sysvar_wait_timeout).
+_IDLE = 60
+
 _EPOCH = datetime(1970, 1, 1)
 _MICROSECOND = timedelta(microseconds=1)
 _DAY = 86_400 * 1_000_000
@@ -216,9 +222,9 @@ class MysqlSink(SqlSink):
                     f"collations {' and '.join(_EXACT)}"
                 )
             cursor.execute(
-                "SET innodb_lock_wait_timeout = %s, lock_wait_timeout = %s,"
+                "SET innodb_lock_wait_timeout = %s, lock_wait_timeout = %s, wait_timeout = %s,"
                 " collation_connection = %s",
-                (seconds, seconds, collation),
+                (seconds, seconds, _IDLE, collation),
             )
         record.info["max_allowed_packet"] = packet
         self._collation = collation

@@ -9,9 +9,9 @@ one sink at a time writes to a table, and a collation may take different texts f
 
 Times: a ``timestamp`` or ``date`` is taken to be UTC, a ``timestamptz`` is a moment.
 
-A transaction sets its own isolation, time zone and ``lock_timeout``, and nothing is prepared or
-kept in a session beyond it, so that a pooler between us and the server does no harm
-(https://www.pgbouncer.org/features.html).
+A transaction sets its own isolation, time zone and timeouts (of locks, and of standing still), and
+nothing is prepared or kept in a session beyond it, so that a pooler between us and the server does
+no harm (https://www.pgbouncer.org/features.html).
 """
 
 from __future__ import annotations
@@ -83,6 +83,11 @@ _CODECS = {
     "KOI8R": "koi8-r",
     "EUC_JP": "euc_jp",
 }
+
+# In seconds, as long as a lease in `recognition.delivery`: where a worker stands still, or its machine
+# is gone, in the middle of a transaction, the server ends the session, and another one goes on
+# (https://www.postgresql.org/docs/current/runtime-config-client.html#GUC-IDLE-IN-TRANSACTION-SESSION-TIMEOUT).
+_IDLE = 60.0
 
 # The first half of the advisory locks' key, the second is the table's oid. Any number that others
 # do not use: "reco".
@@ -241,8 +246,9 @@ class PostgresqlSink(PostgresLikeSink):
             "SELECT set_config('lock_timeout', %s, true), set_config('TimeZone', 'UTC', true),"
             # How the ledger's texts of keys that are times or floats are written.
             " set_config('DateStyle', 'ISO, YMD', true),"
-            " set_config('extra_float_digits', '1', true)",
-            (str(milliseconds),),
+            " set_config('extra_float_digits', '1', true),"
+            " set_config('idle_in_transaction_session_timeout', %s, true)",
+            (str(milliseconds), str(round(_IDLE * 1_000))),
         )
 
     # Tables -------------------------------------------------------------------------------------
