@@ -55,9 +55,9 @@ from recognition.sinks.sql import (
     render_json,
 )
 
-# In seconds, as long as a lease in `recognition.delivery`: where a worker stands still, or its machine
-# is gone, in the middle of a transaction, the server ends the session, and another one goes on. It
-# ends what is idle between transactions as well: the pool connects again then
+# In seconds, as long as a lease in `recognition.delivery`: where a worker stands still, or its
+# machine is gone, in the middle of a transaction, the server ends the session, and another one goes
+# on. It ends what is idle between transactions as well: the pool connects again then
 # (https://dev.mysql.com/doc/refman/8.0/en/server-system-variables.html#sysvar_wait_timeout).
 _IDLE = 60
 

@@ -84,9 +84,9 @@ _CODECS = {
     "EUC_JP": "euc_jp",
 }
 
-# In seconds, as long as a lease in `recognition.delivery`: where a worker stands still, or its machine
-# is gone, in the middle of a transaction, the server ends the session, and another one goes on
-# (https://www.postgresql.org/docs/current/runtime-config-client.html#GUC-IDLE-IN-TRANSACTION-SESSION-TIMEOUT).
+# In seconds, as long as a lease in `recognition.delivery`: where a worker stands still, or its
+# machine is gone, in the middle of a transaction, the server ends the session, and another one goes
+# on (https://www.postgresql.org/docs/current/runtime-config-client.html).
 _IDLE = 60.0
 
 # The first half of the advisory locks' key, the second is the table's oid. Any number that others
