@@ -167,7 +167,7 @@ def test_worker_that_is_killed_at_any_moment(tmp_path: Path, destinations: Desti
             for name, url in zip(NAMES, destinations.urls, strict=True)
         )
         + f'[worker]\ndirectories = ["{inbox}"]\n'
-        "[delivery]\nwindow = 50\nevery_seconds = 0.02\nsettle_seconds = 0\n"
+        "[delivery]\nwindow = 200\nevery_seconds = 0.02\nsettle_seconds = 0\n"
     )
     log = tmp_path / "worker.log"
     left = dict.fromkeys(("files", *NAMES), 0)
@@ -187,7 +187,7 @@ def test_worker_that_is_killed_at_any_moment(tmp_path: Path, destinations: Desti
         for name, count in zip(NAMES, backlogs(graph), strict=False):
             left[name] += count > 0
     with working(config, log, "--once") as worker:
-        said, _ = worker.communicate(timeout=200)
+        said, _ = worker.communicate(timeout=200 + 10 * KILLS)
     right = {key: who for household in households for key, who in owners(household).items()}
     (tmp_path / "left.json").write_text(json.dumps(left))
 
