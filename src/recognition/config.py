@@ -199,8 +199,8 @@ class DeliveryTable(_Table):
     """After how long an update is applied again, because its rows may have been on their way:
     twice the batch period of the pipeline. 0: never, where rows and updates come in one order."""
     reapply: Literal["unmatched", "all"] = "unmatched"
-    """Which updates are applied again after that: those whose expected rows were not all found, or
-    all of them."""
+    """Which updates are applied again after that: those that name a range of time, or messages
+    whose rows were not all found; or all of them."""
     again_hours: Annotated[float, Field(ge=0, le=30 * 24)] | None = None
     """Until so long after its decision an update is kept, and then applied once more, for a
     pipeline that may write an old row again after hours. 0: never. Unset: 38, an hour longer than

@@ -29,7 +29,7 @@ from recognition.errors import (
     ValueRefusedError,
 )
 from recognition.graph import Delivery, Graph
-from recognition.messages import UpdateByCriteria
+from recognition.messages import Messages, UpdateByCriteria
 from recognition.planner import Plan, plan_updates
 from recognition.rules import Rules
 from recognition.sinks import Applied, Sink
@@ -151,7 +151,9 @@ class Destination:
         window: How many updates are coalesced into one plan, at most.
         settle: After how many seconds an update is applied again, because a row that it is about
             may have been on its way; 0: never, for a channel that brings rows and updates in order.
-        reapply_all: Also those updates whose expected rows were found at once.
+        reapply_all: Also those updates that name their rows by message id, all of which were found
+            at once. One that names a range of time is applied again in any case: a row that the
+            graph did not know yet may have been counted in the place of one that was on its way.
         again: Until so many seconds after its decision an update is kept, and then applied once
             more, whatever was found before: for a pipeline that may write an old row again, hours
             later. It is longer than the pipeline's last retry. 0: never.
@@ -673,8 +675,10 @@ def _find_unmatched(
     """
     The updates of a window of which rows may be missing: how many, by the update's id.
 
-    0 stands for "not known": the update does not say how many rows it expects. Of a sink that does
-    not count by update (``counted``) all may be missing where fewer came than the window expects.
+    0 stands for "not known": the update does not say how many rows it expects, or it names a range.
+    There a count proves nothing: the row of an event that the graph does not have yet is matched
+    too, and stands for one that is still on its way. Of a sink that does not count by update
+    (``counted``) all may be missing where fewer came than the window expects.
     """
     expected: dict[str, int] = {}
     for step in plan.steps:
@@ -691,8 +695,8 @@ def _find_unmatched(
         found = applied.matched_by_update.get(update.id, wanted if other else 0)
         if update.expected_rows is None:
             missing[update.id] = 0
-        elif found < wanted:
-            missing[update.id] = wanted - found
+        elif found < wanted or not any(isinstance(each, Messages) for each in update.where):
+            missing[update.id] = max(0, wanted - found)
     return missing
 
 
