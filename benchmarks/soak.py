@@ -381,10 +381,13 @@ def run(minutes: float, rate: int, settle: float, pause: float) -> dict[str, Any
         for number in households:
             right |= owners([e for e in make_household(number) if e.message_id in known])
         found = {warehouse.name: warehouse.users() for warehouse in warehouses}
+    # Events are made up: what is wrong may be shown.
     wrong = {
-        name: sum(users.get(key, "missing") != right[key] for key in right)
-        + len(users)
-        - len(right)
+        name: [
+            f"{key}: {users.get(key, 'missing')}, not {right.get(key, 'there')}"
+            for key in sorted(right.keys() | users.keys())
+            if key not in right or users.get(key, "missing") != right[key]
+        ]
         for name, users in found.items()
     }
     return {
@@ -399,7 +402,8 @@ def run(minutes: float, rate: int, settle: float, pause: float) -> dict[str, Any
         "left": stats.pending_updates,
         "dead": stats.dead_updates,
         "rows": len(right),
-        "wrong_rows": wrong,
+        "wrong_rows": {name: len(each) for name, each in wrong.items()},
+        "wrong": {name: each[:20] for name, each in wrong.items()},
     }
 
 

@@ -456,6 +456,31 @@ def test_row_of_an_event_that_is_not_known_yet_stands_for_no_other(
     assert deliverer.served["w"].unmatched == {}
 
 
+def test_row_is_waited_for_when_a_later_update_takes_another_one(
+    graph: Graph, tmp_path: Path
+) -> None:
+    """Of two messages of an update the next one takes the first; the second is on its way."""
+    warehouse = Warehouse(tmp_path).make()
+    before = make_event("m0", START, "d0")
+    after = make_event("m1", START + 4 * SECOND, "d0")
+    login = make_event("c0", START + 3 * SECOND, "d0", user_id="u0")
+    earlier = make_event("c1", START + 2 * SECOND, "d0", user_id="u1")
+    warehouse.put([before, login, earlier])
+    recognizer = Recognizer(graph, RULES)
+    recognizer.process([before, after, login])
+    recognizer.process([earlier])
+    window = [delivery.update for delivery in graph.lease_updates(10, 0)]
+    deliverer = deliverer_of(graph, Destination(name="w", sink=warehouse.sink(), settle=1.0))
+    with delivering(deliverer):
+        wait_until(lambda: not graph.backlog("w").waiting)
+        warehouse.put([after])
+        wait_until(lambda: not graph.stats().pending_updates)
+
+    assert [len(plan_updates([update]).steps[0].rows) for update in window] == [2, 1, 1]
+    assert warehouse.users() == {"m0": "u1", "m1": "u0", "c0": "u0", "c1": "u1"}
+    assert deliverer.served["w"].unmatched == {}
+
+
 def test_rows_that_never_came_are_reported(graph: Graph, tmp_path: Path) -> None:
     """After settling, updates whose rows are not there are done, and counted by table."""
     warehouse = Warehouse(tmp_path).make()

@@ -29,7 +29,7 @@ from recognition.errors import (
     ValueRefusedError,
 )
 from recognition.graph import Delivery, Graph
-from recognition.messages import Messages, UpdateByCriteria
+from recognition.messages import UpdateByCriteria
 from recognition.planner import Plan, plan_updates
 from recognition.rules import Rules
 from recognition.sinks import Applied, Sink
@@ -353,7 +353,8 @@ class _Line:
         self._lock = threading.Lock()  # whoever holds it decides about the leases of the window
         self._flying: list[int] = []
         self._began = 0.0
-        #: By position, how often an update was refused alone while others were applied.
+        #: By position, how often an update was refused alone; and of these, since which others
+        #: were applied.
         self._refused: dict[int, int] = {}
         self._applied_since: set[int] = set()
         #: How many of the failures in a row halved a window: these need no pause.
@@ -498,8 +499,8 @@ class _Line:
         """
         The destination refused the window, and would again: smaller ones find out what it is.
 
-        An update that was refused alone, three times, while others were applied in between each
-        time, is given up. Where nothing can be applied at all, nobody is.
+        An update that was refused alone, three times, and others were applied since the first of
+        these, is given up. Where nothing can be applied at all, nobody is.
         """
         if len(leased) > 1:
             self._size = max(1, len(leased) // 2)
@@ -507,12 +508,10 @@ class _Line:
             self._return(leased, exc)
             return
         (item,) = leased
-        count = self._refused.get(item.position)
-        if count is None or item.position in self._applied_since:
-            self._refused[item.position] = count = (count or 0) + 1
-        self._applied_since.discard(item.position)
-        if count >= 3:
+        self._refused[item.position] = count = self._refused.get(item.position, 0) + 1
+        if count >= 3 and item.position in self._applied_since:
             self._refused.pop(item.position)
+            self._applied_since.discard(item.position)
             self._bury([(item, _tell(exc))])
         else:
             self._hold([item.position], _delay(item.attempts, self._of._pauses[1]), applied=False)
@@ -585,6 +584,7 @@ class _Line:
             self._graph.acknowledge([item.position for item in done], destination.name)
         for item in done:
             self._refused.pop(item.position, None)
+            self._applied_since.discard(item.position)
         self.served.updates += len(done)
         self.served.held += len(held) + len(kept)
         self.served.postponed += sum(map(len, put_off.values()))
@@ -675,16 +675,19 @@ def _find_unmatched(
     """
     The updates of a window of which rows may be missing: how many, by the update's id.
 
-    0 stands for "not known": the update does not say how many rows it expects, or it names a range.
-    There a count proves nothing: the row of an event that the graph does not have yet is matched
-    too, and stands for one that is still on its way. Of a sink that does not count by update
+    0 stands for "not known": the update does not say how many rows it expects, or a row that it did
+    not expect may have been counted: a range meets that of an event which the graph does not know
+    yet, and it stands for one that is still on its way. Of a sink that does not count by update
     (``counted``) all may be missing where fewer came than the window expects.
     """
     expected: dict[str, int] = {}
+    unsure: set[str] = set()
     for step in plan.steps:
         for row in step.rows:
             # What a later update of the plan covers is expected of that one.
             expected[row.update_id] = expected.get(row.update_id, 0) + (row.expected_rows or 0)
+            if row.expected_rows != 1 or step.shape.messages is None:
+                unsure.add(row.update_id)
     other = counted or applied.rows_matched >= sum(expected.values())
     missing: dict[str, int] = {}
     for item in leased:
@@ -695,7 +698,7 @@ def _find_unmatched(
         found = applied.matched_by_update.get(update.id, wanted if other else 0)
         if update.expected_rows is None:
             missing[update.id] = 0
-        elif found < wanted or not any(isinstance(each, Messages) for each in update.where):
+        elif found < wanted or update.id in unsure:
             missing[update.id] = max(0, wanted - found)
     return missing
 

@@ -115,8 +115,8 @@ class StagedRow(NamedTuple):
 
     ``equals``, ``intervals`` and ``values`` stand in the order of the shape's ``equals``, ``times``
     and ``columns``. Times are microseconds since 1970-01-01 UTC; ends are not included.
-    ``expected_rows`` of an update is carried by the first of its rows, the others have 0; a row
-    that was cut has 0 too.
+    ``expected_rows`` is 1 for each of the messages that an update expects all of. Of other updates
+    the first of the rows carries it, the others have 0; an interval that was cut has 0 too.
     """
 
     update_id: str
@@ -164,6 +164,22 @@ class Step:
                 return None
             total += row.expected_rows
         return total
+
+    def needs_count(self, changed: int) -> bool:
+        """
+        Whether the matched rows of each update are to be counted, after so many were changed.
+
+        Not where as many changed as were expected: of intervals that proves nothing, but neither
+        does a count (see `recognition.delivery`). It does of messages that are all expected, as
+        none of them can be matched in the place of another one. Where the key itself was set,
+        nothing is left to find the rows by.
+        """
+        if self.shape.key in self.shape.held:
+            return False
+        expected = self.expected_rows
+        if expected is None or changed < expected:
+            return True
+        return self.shape.messages is not None and any(r.expected_rows != 1 for r in self.rows)
 
     @property
     def bounds(self) -> tuple[Bound, ...]:
@@ -369,7 +385,9 @@ def _read(update: UpdateByCriteria) -> list[_Piece]:
     values = tuple([update.set[column] for column in columns])
     expected = update.expected_rows
     pieces = []
-    for wanted in product(*[allowed[column] for column in equals]):
+    keys = list(product(*[allowed[column] for column in equals]))
+    each_one = named is not None and expected == len(refs) == len(keys)
+    for wanted in keys:
         time = None if named is None else refs[str(wanted[equals.index(named[0])])]
         row = StagedRow(
             update.id,
@@ -379,7 +397,7 @@ def _read(update: UpdateByCriteria) -> list[_Piece]:
             time,
             values,
             update.sequence,
-            expected,
+            1 if each_one else expected,
         )
         pieces.append(_Piece(shape, row))
         expected = None if expected is None else 0
@@ -589,13 +607,13 @@ def _cut(piece: _Piece, cover: Cover) -> list[_Piece]:
     shape, row = piece
     if not cover.columns.intersection(shape.columns) or not _meets_all_of(cover, piece):
         return [piece]
+    if shape.messages is not None:
+        if cover.time_column is None or _contains(cover, row.message_time):
+            return _fewer_columns(shape, row, cover)
+        return [piece]
     row = row._replace(expected_rows=0)
     if cover.time_column is None:
         return _fewer_columns(shape, row, cover)
-    if shape.messages is not None:
-        if _contains(cover, row.message_time):
-            return _fewer_columns(shape, row, cover)
-        return [piece]
     start, end = row.intervals[0] if shape.times else (None, None)
     if (cover.end is not None and start is not None and cover.end <= start) or (
         cover.start is not None and end is not None and end <= cover.start

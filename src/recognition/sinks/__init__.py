@@ -79,8 +79,8 @@ class Applied:
 
     ``rows_changed`` were written. ``rows_matched`` are as the updates want them now: they hold the
     values (or a later version), whether this call or an earlier one wrote them. Matched rows are
-    counted by a query of their own only where fewer rows changed than the updates expected, or
-    where some update expects no number; otherwise they are taken to be the changed ones.
+    counted by a query of their own only where `Step.needs_count` says so: fewer rows changed than
+    the updates expected, for example; otherwise they are taken to be the changed ones.
 
     Args:
         rows_matched: The sum over the steps.

@@ -422,9 +422,7 @@ class ClickhouseSink:
             self._fill(statements, spared)
             changed = self._change(window, statements)
             rows = changed
-            expected = part.expected_rows
-            # Where the key itself was set, nothing is left to find the rows by.
-            if (expected is None or changed < expected) and part.shape.key not in part.shape.held:
+            if part.needs_count(changed):
                 rows = 0
                 for update_id, count in self._server.rows(statements.count_matches()):
                     matched[update_id] += count

@@ -863,9 +863,7 @@ class SqlSink(ABC):
         done = transaction.execute(self._set_rows(step, target, stage, spare))
         changed = self.changed_rows(done)
         rows = changed
-        expected = step.expected_rows
-        # Where the key itself was set, nothing is left to find the rows by.
-        if (expected is None or changed < expected) and step.shape.key not in step.shape.held:
+        if step.needs_count(changed):
             rows = 0
             for found in transaction.execute(self._count_rows(stage, step, target)):
                 matched[found.update_id] += found.rows
