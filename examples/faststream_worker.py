@@ -11,11 +11,13 @@ nothing the second time.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
-from faststream import AckPolicy, FastStream
+from faststream import AckPolicy, FastStream, StreamMessage
 from faststream.confluent import KafkaBroker
 
 from recognition import EventError, Recognizer, Rules, deliver, open_graph, open_sink, parse_event
@@ -26,8 +28,14 @@ graph = open_graph(os.environ.get("GRAPH", "sqlite:///graph.db"))
 sink = open_sink(os.environ["SINK"])
 recognizer = Recognizer(graph, Rules(stamps=False))
 
-broker = KafkaBroker(os.environ["KAFKA"])
+broker = KafkaBroker(os.environ["KAFKA"], allow_auto_create_topics=False)
 app = FastStream(broker)
+
+
+async def leave(message: StreamMessage[Any]) -> Sequence[bytes]:
+    """The bodies as they came: one that FastStream cannot decode would hold its whole batch."""
+    bodies: Sequence[bytes] = message.body
+    return bodies
 
 
 @broker.subscriber(
@@ -38,15 +46,18 @@ app = FastStream(broker)
     polling_interval=0.5,
     auto_offset_reset="earliest",
     ack_policy=AckPolicy.NACK_ON_ERROR,
+    decoder=leave,
 )
-async def recognize(bodies: list[Any]) -> None:
-    """A batch of events, parsed by FastStream; what is none is logged, and left."""
+async def recognize(bodies: list[bytes]) -> None:
+    """A batch of events; what is none is logged, and left."""
     events = []
     for body in bodies:
         try:
-            events.append(parse_event(body))
+            events.append(parse_event(json.loads(body)))
         except EventError as exc:
             _log.warning("no event: %s", exc)
+        except (ValueError, RecursionError):
+            _log.warning("no event: not JSON")
     # Graph and sink wait for their servers: not in the thread that everything else runs in.
     await asyncio.to_thread(recognizer.process, events)
     await asyncio.to_thread(deliver, graph, sink)

@@ -301,6 +301,30 @@ def test_expected_rows_are_summed_where_all_are_known() -> None:
 # Net effect -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("taken", [1, 3, None])
+def test_each_message_is_expected_by_itself(taken: int | None) -> None:
+    """Whichever of them a later update takes, the others are still expected of the earlier one."""
+    updates = [update(1, {"user_id": "u1"}, device(), messages(1, 2, 3), expected_rows=3)]
+    if taken is not None:
+        updates.append(update(2, {"user_id": "u2"}, device(), messages(taken), expected_rows=1))
+    (step,) = plan_updates(updates).steps
+    expected = [row.expected_rows for row in step.rows]
+
+    assert expected == [1, 1, 1]
+    assert step.expected_rows == 3
+    assert (step.needs_count(2), step.needs_count(3)) == (True, False)
+
+
+def test_rows_that_nobody_expects_are_counted_whatever_was_changed() -> None:
+    """One that is found may stand for one that is missing."""
+    sure = update(1, {"user_id": "u1"}, device("a1"), messages(1, 2), expected_rows=2)
+    unsure = update(2, {"user_id": "u2"}, device("a2"), messages(3, 4), expected_rows=0)
+    (step,) = plan_updates([sure, unsure]).steps
+
+    assert [row.expected_rows for row in step.rows] == [1, 1, 0, 0]
+    assert step.needs_count(4)
+
+
 def test_a_later_update_cuts_its_interval_out_of_an_earlier_one() -> None:
     """What a later update covers is cut out, so that the earlier one breaks into pieces."""
     plan = plan_updates(
