@@ -672,3 +672,10 @@ def test_statements_are_those_of_the_file(database: Dataset, opened: Opened) -> 
         shown.append("\n")
 
     check_golden("bigquery", "".join(shown))
+
+
+def test_statements_of_other_dialects_with_unnest_are_cached() -> None:
+    """The dialect puts a function of its own in the place of everybody's; SQLAlchemy warned."""
+    statement = sa.select(sa.func.unnest(sa.column("numbers", sa.ARRAY(sa.Integer))))
+
+    assert statement._generate_cache_key() is not None

@@ -39,6 +39,7 @@ from google.cloud.exceptions import GoogleCloudError
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy_bigquery.base import unnest
 from sqlalchemy_bigquery.parse_url import parse_url
 
 from recognition.errors import (
@@ -54,6 +55,10 @@ from recognition.sinks.rows import Column, greatest
 from recognition.sinks.sql import LEDGER, Target, Transaction
 
 _log = logging.getLogger(__name__)
+
+# The dialect puts this in the place of everybody's `func.unnest`: SQLAlchemy's own look at the
+# indexes of a PostgreSQL table warns where it is not said that a statement with it may be cached.
+unnest.inherit_cache = True
 
 _Prepared = TypeVar("_Prepared")
 _Result = TypeVar("_Result")
