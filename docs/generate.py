@@ -15,7 +15,7 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -412,10 +412,11 @@ def draw_second_look() -> str:
     """A row that is on its way when its update runs: the second look finds it."""
     a, graph, b, warehouse = places = (90, 280, 470, 670)
     halo = {"paint_order": "stroke", "stroke": "#ffffff", "stroke_width": "5"}
-    step: Callable[[float, float, float, str], list[str]] = lambda y, x1, x2, text: [  # noqa: E731
-        _arrow((x1, y), (x2, y)),
-        _text((x1 + x2) / 2, y - 6, text, font_size="12", **halo),
-    ]
+
+    def step(y: float, x1: float, x2: float, text: str) -> list[str]:
+        middle = (x1 + x2) / 2
+        return [_arrow((x1, y), (x2, y)), _text(middle, y - 6, text, font_size="12", **halo)]
+
     parts = _lifelines(("worker A", "graph", "worker B", "warehouse"), places, 366)
     parts += step(78, a, graph, "process: m1, anonymous")
     parts += step(112, b, graph, "process: Ann signs in")

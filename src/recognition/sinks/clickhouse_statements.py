@@ -744,11 +744,13 @@ class Statements:
             where,
         )
 
-    def create_whole(self, name: Name) -> Fragment:
+    def create_whole(self, name: Name, more: Sequence[tuple[Name, str]] = ()) -> Fragment:
+        """A table for whole rows, each with ``more`` columns, given by name and type."""
         columns = [
             sql("% %", Name(column), sql_type(self.table.column(column).declared))
             for column in self.table.writable
         ]
+        columns += [sql("% %", column, sql_type(kind)) for column, kind in more]
         return sql(
             "CREATE TABLE % (%) ENGINE = MergeTree ORDER BY tuple()",
             self.table.beside(name),
@@ -783,16 +785,7 @@ class Statements:
 
     def create_moved(self, name: Name) -> Fragment:
         """A table for whole rows, each with what the old one is known by."""
-        columns = [
-            sql("% %", Name(column), sql_type(self.table.column(column).declared))
-            for column in self.table.writable
-        ]
-        columns += [sql("% %", name, sql_type(kind)) for name, kind in _MOVED_COLUMNS]
-        return sql(
-            "CREATE TABLE % (%) ENGINE = MergeTree ORDER BY tuple()",
-            self.table.beside(name),
-            join(", ", columns),
-        )
+        return self.create_whole(name, _MOVED_COLUMNS)
 
     def select_moved(self, name: Name) -> Fragment:
         """The rows that change, as they are stored and as they will be, put aside."""
