@@ -29,8 +29,8 @@ journal, except where it says otherwise:
     anonymous, four visitors in ten log in. Three rates come from one run: of `Recognizer.process`
     alone, from the body as a dict (what ``whole`` starts from), and from the line of JSON;
 ``streams``
-    ``references`` from two threads of one process that share a recognizer, each with the events of
-    its own half of the visitors, as a consumer of two partitions has them;
+    ``references`` from three threads of one process that share a recognizer, each with the events
+    of its own third of the visitors, as a consumer of three partitions has them;
 ``writes-references``, ``writes-presence``
     the graph alone: ``Graph.observe`` with prepared observations, the same events without users.
 
@@ -47,8 +47,8 @@ unpacked. The oplog is measured by its size before compression. Round trips and 
 counted by the server.
 
 ``visitor`` is one anonymous id with ``--rows`` events that becomes known, in a process of its own.
-``--long`` measures ten times as many events of ten times as many visitors too, and compares the
-last tenth of both; it needs 8 GB of memory.
+``--long`` measures ten times as many events of ten times as many visitors in ten months too, and
+compares the last tenth of both; it needs 8 GB of memory.
 """
 
 from __future__ import annotations
@@ -525,7 +525,7 @@ def run_ours(
     return figures
 
 
-def run_streams(meter: Meter, lines: list[str], rules: Rules, streams: int = 2) -> Figures:
+def run_streams(meter: Meter, lines: list[str], rules: Rules, streams: int = 3) -> Figures:
     parted: list[list[Event]] = [[] for _ in range(streams)]
     for line in lines:
         event = parse_event(json.loads(line))
@@ -773,7 +773,7 @@ def compare_long(
 ) -> Figures:
     """The last tenth of ten times as many events over that of so many, once for each part."""
     say("ten times as many events")
-    lines = make_lines(options.events * 10, options.visitors * 10)
+    lines = make_lines(options.events * 10, options.visitors * 10, days=300)
     gc.collect()
     gc.freeze()
     unknown = strangers(lines, options.identifies)

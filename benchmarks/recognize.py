@@ -57,9 +57,9 @@ DAY = 86_400_000
 AGENT = "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/120.0"
 
 
-def make_lines(events: int, visitors: int, *, scattered: bool = False) -> list[str]:
+def make_lines(events: int, visitors: int, *, scattered: bool = False, days: int = 30) -> list[str]:
     """
-    Events of visitors over 30 days in time order, 80 % of them anonymous.
+    Events of visitors over so many days in time order, 80 % of them anonymous.
 
     Sessions of 3 to 10 events; four in ten visitors log in half-way. ``scattered``: no sessions,
     each event at a random time.
@@ -70,13 +70,13 @@ def make_lines(events: int, visitors: int, *, scattered: bool = False) -> list[s
     for number in range(visitors):
         device = str(uuid.UUID(int=draw.getrandbits(128), version=4))
         user = f"user-{number:07}" if draw.random() < 0.4 else None
-        at = START + draw.randrange(30 * DAY)
+        at = START + draw.randrange(days * DAY)
         left = each
         while left:
             session = min(left, draw.randint(3, 10))
             for _ in range(session):
                 at += draw.randrange(1_000, 120_000)
-                when = START + draw.randrange(30 * DAY) if scattered else at
+                when = START + draw.randrange(days * DAY) if scattered else at
                 known = user if left <= each // 2 else None
                 found.append((when, device, known))
                 left -= 1

@@ -361,12 +361,14 @@ def run(minutes: float, rate: int, settle: float, pause: float) -> dict[str, Any
             began = time.monotonic()
             for warehouse in warehouses:
                 warehouse.finish()
-            while unread(broker.servers) or waiting(graph):
-                _check(worker, log, began)
+            left = {"unread": 1}
+            while any(left.values()):
+                left = {"unread": unread(broker.servers), "waiting": waiting(graph)}
+                _check(worker, log, began, left)
                 time.sleep(0.2)
             drained = time.monotonic() - began
-            while graph.stats().pending_updates:
-                _check(worker, log, began)
+            while pending := graph.stats().pending_updates:
+                _check(worker, log, began, {"pending": pending})
                 time.sleep(0.2)
         finally:
             over.set()
@@ -407,10 +409,13 @@ def run(minutes: float, rate: int, settle: float, pause: float) -> dict[str, Any
     }
 
 
-def _check(worker: subprocess.Popen[str], log: IO[str], began: float) -> None:
+def _check(worker: subprocess.Popen[str], log: IO[str], began: float, left: dict[str, int]) -> None:
     if worker.poll() is not None or time.monotonic() - began > 600:
         log.seek(0)
-        raise RuntimeError(f"the worker ended, or does not come to an end: {log.read()[-3_000:]}")
+        raise RuntimeError(
+            f"the worker ended ({worker.poll()}), or does not come to an end ({left}):"
+            f" {log.read()[-3_000:]}"
+        )
 
 
 def main() -> int:
