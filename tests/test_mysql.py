@@ -25,7 +25,7 @@ from recognition.errors import (
     SinkUnavailableError,
     TableError,
 )
-from recognition.messages import Between, Empty, Equals
+from recognition.messages import Between, Empty, Equals, Messages
 from recognition.planner import plan_updates
 from recognition.sinks import open_sink
 from recognition.sinks.mysql import _CODECS, MysqlSink, _Column, _measure
@@ -270,6 +270,28 @@ def test_constant_bounds_prune_partitions(
 
     assert applied.rows_changed == 2
     assert [each["partitions"] for each in found if each["table"] == "events"] == ["p4,p5"]
+
+
+@pytest.mark.parametrize(
+    ("declared", "stored"),
+    [
+        ("DATETIME", "2026-01-01 12:00:01"),  # as MariaDB cuts it
+        ("DATETIME", "2026-01-01 12:00:02"),  # as MySQL rounds it
+        ("DATE", "2026-01-01"),
+    ],
+)
+def test_messages_are_found_whatever_is_kept_of_their_times(
+    database: Database, opened: Opened, declared: str, stored: str
+) -> None:
+    """The bounds of a statement leave room for what a column does to a time."""
+    database.write("events", [row("m1", "a1", 1)], types={**TYPES, "time": declared})
+    database.run("UPDATE events SET timestamp = %s", stored)
+    refs = (("m1", at(1.99996)),)
+    named = Messages(id_column="message_id", time_column="timestamp", refs=refs)
+
+    applied = apply(opened(), update(1, {"user_id": "u"}, named))
+
+    assert applied.rows_changed == 1
 
 
 @pytest.mark.parametrize(
@@ -616,7 +638,10 @@ def test_empty_is_blank_where_it_may_not_be_null(database: Database, opened: Ope
         "CREATE TABLE events (message_id VARCHAR(9), anonymous_id VARCHAR(9),"
         " user_id VARCHAR(9) NOT NULL DEFAULT '', plan VARCHAR(9)) COLLATE utf8mb4_general_ci"
     )
-    database.run("INSERT INTO events VALUES ('m1', 'a1', '', ''), ('m2', 'a1', 'known', NULL)")
+    database.run(
+        "INSERT INTO events VALUES"
+        " ('m1', 'a1', '', ''), ('m2', 'a1', 'known', NULL), ('m3', 'a1', '  ', NULL)"
+    )
     sink = opened()
 
     apply(
@@ -624,11 +649,13 @@ def test_empty_is_blank_where_it_may_not_be_null(database: Database, opened: Ope
         update(1, {"user_id": "u1"}, device("a1"), Empty(column="user_id")),
         update(2, {"plan": "pro"}, device("a1"), Empty(column="plan")),
     )
+    filled = database.column("user_id")
     emptied = apply(sink, update(3, {"user_id": None}, device("a1")))
 
-    assert database.column("plan") == {"m1": "", "m2": "pro"}
-    assert database.column("user_id") == {"m1": "", "m2": ""}
-    assert emptied.rows_changed == 2
+    assert database.column("plan") == {"m1": "", "m2": "pro", "m3": "pro"}
+    assert filled == {"m1": "u1", "m2": "known", "m3": "  "}  # equal to '' by the collation
+    assert database.column("user_id") == {"m1": "", "m2": "", "m3": ""}
+    assert emptied.rows_changed == 3
 
 
 # When the server fails --------------------------------------------------------------------------
@@ -884,6 +911,30 @@ def test_one_sink_at_a_time_writes_to_a_table(database: Database, opened: Opened
     assert apply(second, update(2, {"user_id": "u"}, device("a2"))).rows_changed == 1
 
 
+def test_locks_are_taken_in_one_order(database: Database, opened: Opened) -> None:
+    """However the tables of two plans are spelled, nobody waits for somebody who waits for him."""
+    for table in ("events", "pages"):
+        database.write(table, [row("m1", "a1", 1)])
+    taken: list[list[str]] = []
+    for spelled in ([f"{database.name}.EVENTS", "pages"], ["events", f"{database.name}.pages"]):
+        sink = opened()
+        locks: list[str] = []
+
+        @sa.event.listens_for(sink._engine, "before_cursor_execute")
+        def note(_: Any, __: Any, text: str, given: Any, *rest: Any, to: Any = locks) -> None:
+            if "GET_LOCK" in text:
+                to.append(given[0])
+
+        apply(
+            sink,
+            *(update(n, {"user_id": "u"}, device("a1"), table=t) for n, t in enumerate(spelled)),
+        )
+        taken.append(locks)
+
+    assert len(set(taken[0])) == 2
+    assert taken[0] == taken[1]
+
+
 def test_a_deadlock_is_tried_again(database: Database, opened: Opened) -> None:
     """When the server ends this transaction for another one's sake, it is done once more."""
     database.write("events", [row(f"m{n}", f"a{n}", n) for n in range(400)])
@@ -1061,6 +1112,26 @@ def test_load_makes_a_table_that_compares_exactly(
     assert [name.lower() for (name,) in indexes] == ["events_anonymous_id", "primary"]
     assert sink.compile(step) == before
     assert "CAST" not in before.partition(" WHERE ")[2].partition(" AND ")[0]
+
+
+def test_names_may_be_as_long_as_the_server_takes_them(database: Database, opened: Opened) -> None:
+    """The index has a shorter name then; a column that is too long refuses its update alone."""
+    columns = {"message_id": "text", "anonymous_id": "text"}
+    rows = [{"message_id": "m1", "anonymous_id": "a1"}]
+    table, column = "t" * 64, "trait_" + "\u00e9" * 58
+    sink = opened(add_missing_columns=True)
+    sink.load(table, rows, key="message_id", columns=columns)
+
+    applied = apply(
+        sink,
+        update(1, {f"{column}x": "x"}, device("a1"), table=table),
+        update(2, {column: "x"}, device("a1"), table=table),
+    )
+
+    assert applied.rows_changed == 1
+    assert "no names of this length" in refusal(applied)
+    assert database.column(column, table) == {"m1": "x"}
+    assert sink.missing_index(table, "anonymous_id") is None
 
 
 def test_missing_columns_are_added_on_request(database: Database, opened: Opened) -> None:

@@ -116,23 +116,23 @@ def test_the_key_is_the_first_column_that_is_not_set() -> None:
 
 
 def test_messages_are_the_key_where_no_other_is() -> None:
-    """Without another key each message is one; its time bounds the step in full seconds."""
+    """Without another key each message is one; its time bounds the step, with room for rounding."""
     plan = plan_updates([update(1, {"user_id": "u1"}, messages(3, 5))])
 
     (step,) = plan.steps
     assert step.shape.key == "message_id"
     assert [row.equals for row in step.rows] == [("m3",), ("m5",)]
-    assert step.bounds == (Bound("timestamp", ZERO + 3 * SECOND, ZERO + 6 * SECOND),)
+    assert step.bounds == (Bound("timestamp", ZERO + 3 * SECOND, ZERO + 7 * SECOND),)
 
 
 def test_times_of_messages_are_widened_to_full_seconds() -> None:
-    """A stored time may be coarser than the reference: the bounds leave room for a second."""
+    """A stored time may have been cut or rounded to the second: the bounds leave room for both."""
     refs = (("m1", at(1.25)), ("m2", at(7.5)))
     named = Messages(id_column="message_id", time_column="timestamp", refs=refs)
 
     plan = plan_updates([update(1, {"user_id": "u1"}, named)])
 
-    assert plan.steps[0].bounds == (Bound("timestamp", ZERO + 1 * SECOND, ZERO + 8 * SECOND),)
+    assert plan.steps[0].bounds == (Bound("timestamp", ZERO + 1 * SECOND, ZERO + 9 * SECOND),)
 
 
 def test_a_column_that_is_set_is_the_key_at_last() -> None:

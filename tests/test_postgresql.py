@@ -302,6 +302,22 @@ def test_constant_bounds_prune_partitions(
     assert {name for name in scanned if name.startswith("events_")} == {"events_3", "events_4"}
 
 
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("declared", ["TIMESTAMPTZ", "TIMESTAMP(0)", "TIMESTAMP(3)", "DATE", "day"])
+def test_messages_are_found_whatever_is_kept_of_their_times(
+    database: Database, opened: Opened, declared: str
+) -> None:
+    """A time is rounded, a date cuts it off: the bounds of a statement leave room for that."""
+    database.run("CREATE DOMAIN day AS DATE")
+    database.write("events", [row("m1", "a1", 1.99996)], types={**TYPES, "time": declared})
+    refs = (("m1", at(1.99996)),)
+    named = Messages(id_column="message_id", time_column="timestamp", refs=refs)
+
+    applied = apply(opened(), update(1, {"user_id": "u"}, named))
+
+    assert applied.rows_changed == 1
+
+
 @pytest.mark.parametrize("declared", TIME_TYPES)
 def test_constant_bounds_are_looked_up_in_brin(
     database: Database, opened: Opened, declared: str
@@ -932,6 +948,31 @@ def test_load_makes_the_table(database: Database, opened: Opened) -> None:
         ("m1", datetime(1970, 1, 1, 0, 0, 0, 1, tzinfo=UTC), 1, 1.0, True)
     ]
     assert database.run("SELECT count(*) FROM pg_indexes WHERE tablename = 'Events'") == [(2,)]
+
+
+def test_names_may_be_as_long_as_the_server_takes_them(database: Database, opened: Opened) -> None:
+    """The index has a shorter name then; of what is too long nothing is added under another."""
+    columns = {"message_id": "text", "anonymous_id": "text"}
+    rows = [{"message_id": "m1", "anonymous_id": "a1"}]
+    table, column = "\u00e9" * 31 + "t", "trait_" + "\u00e9" * 29
+    sink = opened(add_missing_columns=True, timeout=1)
+    sink.load(table, rows, key="message_id", columns=columns)
+
+    applied = [
+        apply(
+            sink,
+            update(1, {column: "x"}, device("a1"), table=table),
+            update(2, {column[:-1]: "x"}, device("a1"), table=table),
+        )
+        for _ in range(2)
+    ]
+
+    assert [each.rows_matched for each in applied] == [1, 1]
+    assert "no names of this length" in refusal(applied[0])
+    assert refusal(applied[1]) == refusal(applied[0])
+    assert database.run(f'SELECT "{column[:-1]}" FROM "{table}"') == [("x",)]
+    assert sink.missing_index(table, "anonymous_id") is None
+    database.run(f"{sink.missing_index(table, column[:-1])}")
 
 
 def test_sinks_that_load_at_once_make_one_table(database: Database) -> None:

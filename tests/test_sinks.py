@@ -1250,7 +1250,7 @@ def test_versions_need_no_ledger(database: Database, opened: Opened) -> None:
 
 
 def test_the_ledger_forgets_after_its_days(database: Database, opened: Opened) -> None:
-    """Notes that are older than the limit go, once for each sink."""
+    """Notes that are older than the limit go, once a day for each sink."""
     database.write("events", [row("m1", "a1", 1)])
     apply(opened(database), update(1, {"stitched_user_id": "A"}, device("a1")))
     apply(opened(database), update(2, {"stitched_user_id": "A"}, device("a2")))
@@ -1259,12 +1259,22 @@ def test_the_ledger_forgets_after_its_days(database: Database, opened: Opened) -
 
     apply(opened(database, ledger_days=11), update(3, {"stitched_user_id": "A"}, device("a3")))
     kept = database.run("SELECT count(*) FROM recognition_ledger")
-    apply(opened(database, ledger_days=10), update(3, {"stitched_user_id": "A"}, device("a3")))
+    sink = opened(database, ledger_days=10)
+    apply(sink, update(3, {"stitched_user_id": "A"}, device("a3")))
+    forgot = database.run("SELECT update_id FROM recognition_ledger")
+    database.run(aged.replace("-1'", "-2'"), 10 * 86_400 * 1_000_000 + 1)
+    apply(sink, update(4, {"stitched_user_id": "A"}, device("a4")))
+    within_a_day = database.run("SELECT count(*) FROM recognition_ledger")
+    assert sink._pruned is not None
+    sink._pruned -= 86_401
+    apply(sink, update(5, {"stitched_user_id": "A"}, device("a5")))
 
-    assert kept == [(3,)]
+    assert kept == within_a_day == [(3,)]
+    assert sorted(forgot) == [("events-2",), ("events-3",)]
     assert sorted(database.run("SELECT update_id FROM recognition_ledger")) == [
-        ("events-2",),
         ("events-3",),
+        ("events-4",),
+        ("events-5",),
     ]
 
 

@@ -183,7 +183,11 @@ class Step:
 
     @property
     def bounds(self) -> tuple[Bound, ...]:
-        """What holds for the time columns of every row; the times of messages in full seconds."""
+        """
+        What holds for the time columns of every row.
+
+        The times of messages in full seconds, and one more: what is stored of them may be rounded.
+        """
         found = []
         for place, column in enumerate(self.shape.times):
             starts = {row.intervals[place][0] for row in self.rows}
@@ -194,7 +198,7 @@ class Step:
         if self.shape.messages is not None:
             times = [row.message_time for row in self.rows if row.message_time is not None]
             lower = min(times) // _SECOND * _SECOND
-            upper = (max(times) // _SECOND + 1) * _SECOND
+            upper = (max(times) // _SECOND + 2) * _SECOND
             found.append(Bound(self.shape.messages[1], lower, upper))
         return tuple(bound for bound in found if (bound.lower, bound.upper) != (None, None))
 

@@ -306,6 +306,10 @@ class MysqlSink(SqlSink):
             checked = {row[1].lower() for row in checks if row[0] == name}
         return [_describe(each, each.name.lower() in checked) for each in declared]
 
+    def takes_name(self, name: str) -> bool:
+        """https://dev.mysql.com/doc/refman/8.0/en/identifier-length.html: 64 characters."""
+        return len(name) <= 64
+
     def list_tables(self, connection: sa.Connection) -> Sequence[str]:
         """Those of the URL's database that this user may see."""
         rows = connection.exec_driver_sql(
@@ -461,13 +465,11 @@ class MysqlSink(SqlSink):
         https://dev.mysql.com/doc/refman/8.0/en/locking-functions.html#function_get-lock
         """
         connection = transaction.connection
-        transaction.statements += len(tables) + 1
+        # In an order that is the same for everybody, however the tables are spelled.
+        locks = {self._name_lock(table): table for table in tables}
+        transaction.statements += len(locks) + 1
         try:
-            for table in tables:
-                database, _, name = table.rpartition(".")
-                whole = f"{database or self._engine.url.database}.{name}".lower()
-                # Such a name has 64 characters at most.
-                lock = f"recognition-{blake2b(whole.encode(), digest_size=16).hexdigest()}"
+            for lock, table in sorted(locks.items()):
                 taken = connection.exec_driver_sql(
                     "SELECT GET_LOCK(%s, %s)", (lock, self._timeout)
                 ).scalar()
@@ -484,6 +486,12 @@ class MysqlSink(SqlSink):
                     connection.exec_driver_sql("DO RELEASE_ALL_LOCKS()")
                 except sa.exc.DBAPIError:
                     connection.invalidate()  # what was committed stays so
+
+    def _name_lock(self, table: str) -> str:
+        """Of 64 characters at most."""
+        database, _, name = table.rpartition(".")
+        whole = f"{database or self._engine.url.database}.{name}".lower()
+        return f"recognition-{blake2b(whole.encode(), digest_size=16).hexdigest()}"
 
     # The ledger ---------------------------------------------------------------------------------
 

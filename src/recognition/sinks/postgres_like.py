@@ -181,6 +181,10 @@ class PostgresLikeSink(SqlSink):
             return None
         return f"times are compared with a timestamptz, timestamp or date; it is {column.declared}"
 
+    def keeps_days(self, column: Column) -> bool:
+        """Whatever the name of a domain."""
+        return cast(CatalogueColumn, column).precision == _DAY
+
     def noted_name(self, target: Target) -> str:
         """With its schema: two schemas may have tables of one name."""
         assert isinstance(target, CatalogueTarget)

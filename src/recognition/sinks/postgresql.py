@@ -298,6 +298,14 @@ class PostgresqlSink(PostgresLikeSink):
             foreign=found.relkind == "f",
         )
 
+    def takes_name(self, name: str) -> bool:
+        """
+        What is longer is cut, by 63 bytes.
+
+        https://www.postgresql.org/docs/current/sql-syntax-lexical.html#SQL-SYNTAX-IDENTIFIERS
+        """
+        return len(name.encode()) <= 63
+
     def list_tables(self, connection: sa.Connection) -> Sequence[str]:
         """Those of the schemas in the ``search_path``."""
         rows = connection.exec_driver_sql(

@@ -390,6 +390,10 @@ class RedshiftSink(PostgresLikeSink):
             schema=found.nspname,
         )
 
+    def takes_name(self, name: str) -> bool:
+        """https://docs.aws.amazon.com/redshift/latest/dg/r_names.html: 127 bytes."""
+        return len(name.encode()) <= 127
+
     def list_tables(self, connection: sa.Connection) -> Sequence[str]:
         """Those of the schemas in the ``search_path``."""
         rows = connection.exec_driver_sql(

@@ -82,6 +82,7 @@ from recognition.sinks.rows import (
 from recognition.sinks.rows import Target as _Target
 
 _DAY = 86_400 * 1_000_000
+_PRUNING = 86_400.0  # seconds: a worker may run for months
 
 _Expression = sa.ColumnElement[Any]
 _Condition = sa.ColumnElement[bool]
@@ -339,7 +340,7 @@ class SqlSink(ABC):
         self._engine = self.make_engine(url, timeout)
         self._targets: dict[str, Target] = {}
         self._has_ledger = False
-        self._pruned = False
+        self._pruned: float | None = None  # by the clock of this machine, in seconds
 
     # What a database says about itself ----------------------------------------------------------
 
@@ -403,6 +404,10 @@ class SqlSink(ABC):
     def translate(self, error: BaseException | None) -> SinkError:
         """The most specific error of ours; its text holds no value."""
 
+    def keeps_days(self, column: Column) -> bool:
+        """Of a time the column keeps the day alone."""
+        return column.declared.upper() == "DATE"
+
     def same(self, one: _Expression, other: _Expression, kind: str) -> _Condition:
         """Values of this kind are equal, to the byte where ``=`` is not; NULL equals nothing."""
         return one == other
@@ -453,6 +458,10 @@ class SqlSink(ABC):
     def declare(self, kind: str, indexed: bool) -> str:
         """What `load` declares a column as; a key is indexed too."""
         return self.types[kind]
+
+    def takes_name(self, name: str) -> bool:
+        """Whether a column or an index may have a name of this length."""
+        return True
 
     def noted_name(self, target: Target) -> str:
         """By which the ledger knows the table, however an update spelled it."""
@@ -582,6 +591,7 @@ class SqlSink(ABC):
             # What was looked up may have been made by this very transaction.
             self._targets.clear()
             self._has_ledger = False
+            self._pruned = None
             return undone.applied
         raise AssertionError("the work always raises")
 
@@ -603,8 +613,15 @@ class SqlSink(ABC):
         if any(names and names[0] == wanted for names in indexes):
             return None
         parts = ".".join(map(self._quote, target.parts))
-        index = self._quote(f"{name}_{wanted}")
+        index = self._quote(self._name_index(name, wanted))
         return f"CREATE INDEX {index} ON {parts} ({self._quote(wanted)})"
+
+    def _name_index(self, table: str, column: str) -> str:
+        """Of the table and the column; of a digest of both where that would be too long."""
+        name = f"{table}_{column}".replace(".", "_")
+        if self.takes_name(name):
+            return name
+        return f"recognition_{blake2b(name.encode(), digest_size=8).hexdigest()}"
 
     @contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
@@ -712,6 +729,7 @@ class SqlSink(ABC):
                 # What was known of the tables may have changed since: look again, once.
                 self._targets.clear()
                 self._has_ledger = False
+                self._pruned = None
                 error = exc if isinstance(exc, SinkError) else self.translate(exc.orig)
                 if error.retryable:
                     if time.monotonic() + delay > deadline:
@@ -927,6 +945,8 @@ class SqlSink(ABC):
         where: list[_Condition] = []
         for bound in step.bounds:
             like = target.column(bound.column)
+            if self.keeps_days(like):
+                bound = _whole_days(bound)
             where += self.bounded(like, table.c[like.name], bound)
         return where
 
@@ -1004,7 +1024,10 @@ class SqlSink(ABC):
 
     def _empty(self, table: sa.TableClause, target: Target, name: str) -> _Condition:
         column = target.column(name)
-        return _is_empty(table.c[column.name], column)
+        found, nothing = table.c[column.name], _nothing(column)
+        if self._blurs(column, target) and not isinstance(nothing, sa.Null):
+            return self.bytewise(found) == self.bytewise(nothing)  # blanks are not nothing
+        return _is_empty(found, column)
 
     @staticmethod
     def inside(
@@ -1103,10 +1126,11 @@ class SqlSink(ABC):
         if not self._has_ledger:
             self.create_ledger(transaction)
             self._has_ledger = True
-        if not self._pruned:
+        now = time.monotonic()
+        if self._pruned is None or now - self._pruned > _PRUNING:
             before = _now() - self._ledger_days * _DAY
             transaction.execute(sa.delete(LEDGER).where(LEDGER.c.applied_at < before))
-            self._pruned = True
+            self._pruned = now
 
     def as_text(self, expression: _Expression, column: Column) -> _Expression:
         """What the column holds, as the ledger's texts hold it."""
@@ -1320,6 +1344,9 @@ class SqlSink(ABC):
         if target.view:
             return f"{step.table!r} is a view; updates need the table under it"
         missing = lacking_of(target, step)
+        for name in missing:
+            if not self.takes_name(name):
+                return f"{where} has no column {name!r}; the database has no names of this length"
         if missing:
             return f"{where} has no column {self._add_columns(target, step, missing)}"
         names = [target.column(name).name for name in shape.columns]
@@ -1369,7 +1396,9 @@ class SqlSink(ABC):
             if target is None or target.view:
                 continue
             missing = lacking_of(target, step)
-            if missing and all(name in step.shape.columns for name in missing):
+            if missing and all(
+                name in step.shape.columns and self.takes_name(name) for name in missing
+            ):
                 for command in self._alterations(target, step, missing):
                     transaction.execute_text(command)
                 del self._targets[step.table]
@@ -1496,7 +1525,7 @@ class SqlSink(ABC):
             transaction.execute_text(f"CREATE TABLE {named} ({declared})")
             for column in index:
                 if self.indexed and column in columns:
-                    name = quote(f"{table}_{column}".replace(".", "_"))
+                    name = quote(self._name_index(table, column))
                     transaction.execute_text(f"CREATE INDEX {name} ON {named} ({quote(column)})")
         else:
             if target.view:
@@ -1568,6 +1597,13 @@ def sort_notes(notes: Iterable[Spared]) -> list[Spared]:
 def _is_empty(expression: _Expression, column: Column) -> _Condition:
     nothing = _nothing(column)
     return expression.is_(None) if isinstance(nothing, sa.Null) else expression == nothing
+
+
+def _whole_days(bound: Bound) -> Bound:
+    """The message's time is somewhere in the day that such a column keeps of it."""
+    lower = None if bound.lower is None else bound.lower // _DAY * _DAY
+    upper = None if bound.upper is None else -(-bound.upper // _DAY) * _DAY
+    return bound._replace(lower=lower, upper=upper)
 
 
 def _nothing(column: Column) -> _Expression:
