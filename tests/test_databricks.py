@@ -449,7 +449,7 @@ def test_a_lease_is_longer_than_a_statement_is_retried_and_runs(
     sinks = opened(timeout=50), opened(connect_args={"_retry_stop_after_attempts_duration": 900})
     leases: list[int] = []
 
-    for sink in sinks:
+    for n, sink in enumerate(sinks):
 
         @sa.event.listens_for(sink._engine, "before_cursor_execute")
         def look(_: Any, __: Any, statement: str, *rest: Any) -> None:
@@ -457,7 +457,7 @@ def test_a_lease_is_longer_than_a_statement_is_retried_and_runs(
                 ((until,),) = database.run("SELECT until - epoch_us(now()) FROM recognition_lock")
                 leases.append(round(until / 1_000_000))
 
-        apply(sink, update(1, {"user_id": "u1"}, device("a1")))
+        apply(sink, update(n, {"user_id": f"u{n}"}, device("a1")))
 
     retried = [given["_retry_stop_after_attempts_duration"] for given in database.given]
     assert retried == [50, 900]

@@ -57,6 +57,9 @@ WINDOWS: dict[str, Any] = {
     "a device's interval, of which a later update named messages": update(
         3, {"stitched_user_id": "u2"}, device("a1"), between(0, 9)
     ),
+    "the first one again, which changes nothing": update(
+        1, _OWNER, device("a1"), unknown(), between(0, 9)
+    ),
     "a user who became another": update(
         6, {"user_id": "u2"}, Equals(column="user_id", value="u1"), versioned=True
     ),

@@ -1278,6 +1278,38 @@ def test_the_ledger_forgets_after_its_days(database: Database, opened: Opened) -
     ]
 
 
+def test_what_was_applied_before_is_read_once(database: Database, opened: Opened) -> None:
+    """A window that comes again reads the table once; it is written to where a row has come."""
+    database.write("events", [row(f"m{n}", "a1", n) for n in range(3)])
+    sink = opened(database)
+    window = [
+        update(1, {"user_id": "A"}, device("a1"), unknown(), between(0, 2)),
+        update(2, {"user_id": "B"}, device("a1"), unknown(), between(2, 9)),
+    ]
+    first = apply(sink, *window)
+    sent: list[str] = []
+
+    @sa.event.listens_for(sink._engine, "before_cursor_execute")
+    def note(_: Any, __: Any, text: str, *rest: Any) -> None:
+        if re.search(r"(FROM|JOIN|UPDATE|INTO) (events|recognition_ledger)\b", text):
+            sent.append(text.partition(" ")[0])
+
+    again = apply(sink, *window)
+    once = [*sent]
+    database.write("events", [row("m3", "a1", 3)])
+    sent.clear()
+    late = apply(sink, *window)
+    overtaken = apply(sink, update(3, {"user_id": "C"}, device("a1"), between(0, 1)), *window)
+
+    assert first.rows_changed == 3
+    assert (again.rows_changed, again.rows_matched) == (0, 3)
+    assert again.matched_by_update == {"events-1": 2, "events-2": 1}
+    assert [text for text in once if text != "CREATE"] == ["SELECT", "SELECT"]  # ledger, events
+    assert (late.rows_changed, late.matched_by_update) == (1, {"events-1": 2, "events-2": 2})
+    assert overtaken.rows_changed == 1
+    assert database.column("user_id") == {"m0": "C", "m1": "A", "m2": "B", "m3": "B"}
+
+
 def test_rows_that_a_later_update_named_are_spared(database: Database, opened: Opened) -> None:
     """An update of an interval that comes late leaves alone what a later one named by message."""
     database.write("events", [row(f"m{n}", "a1", n) for n in range(4)])

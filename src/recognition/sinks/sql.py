@@ -19,7 +19,8 @@ other tables ``recognition_ledger``, beside the rows and in the same transaction
 update took which interval of which key; what a later one took is cut out of an earlier one that
 comes late, and rows that a later one named by message are spared. The ledger never says that
 something need not be done again: an update that is applied a second time meets the rows that were
-not there the first time.
+not there the first time. But where it knows a whole step already, the rows are looked at first, and
+nothing is written where none would change.
 
 The ledger does not tell the order of a later update that asks for more in another way (a further
 ``equals``, an ``empty`` of its own) than an earlier one that comes after it; versions do.
@@ -828,15 +829,15 @@ class SqlSink(ABC):
         if not step.shape.versioned:
             self._open_ledger(transaction)
         stage = self._stage(transaction, step, target)
-        later = None
-        parts = [_Part(step, stage, frozenset())]
+        later, again = None, False
         if not step.shape.versioned:
-            later = self._find_later(transaction, stage, step, target)
-            if any(later):
-                parts = [
-                    _Part(part, self._stage(transaction, part, target), spare)
-                    for part, spare in cut_and_spare(step, *later)
-                ]
+            later, again = self._find_later(transaction, stage, step, target)
+        parts = [_Part(step, stage, frozenset(), again)]
+        if later is not None and any(later):
+            parts = [
+                _Part(part, self._stage(transaction, part, target), spare, again)
+                for part, spare in cut_and_spare(step, *later)
+            ]
         return _PreparedStep(step, target, stage, later, parts, time.perf_counter() - started)
 
     def _apply(self, transaction: Transaction, plan: _PreparedPlan) -> Applied:
@@ -849,16 +850,20 @@ class SqlSink(ABC):
         if self.ddl_commits:
             # From here on writers of these rows wait for us; those before have noted what they did.
             for prepared in plan.steps:
-                if prepared.later is not None and prepared.later != self._find_later(
+                if prepared.later is None:
+                    continue
+                later, _ = self._find_later(
                     transaction, prepared.stage, prepared.step, prepared.target
-                ):
+                )
+                if prepared.later != later:
                     raise _LedgerMovedError(
                         "another worker applied later updates of the same rows meanwhile; "
                         "all was rolled back"
                     )
         for prepared in plan.steps:
             for part in prepared.parts:
-                if part.step.shape.covers and not part.step.shape.versioned:
+                shape = part.step.shape
+                if shape.covers and not shape.versioned and not part.again:
                     self._remember(transaction, part.stage, part.step, prepared.target)
         return Applied(
             rows_matched=sum(step.rows_matched for step in done),
@@ -877,17 +882,26 @@ class SqlSink(ABC):
         seconds: float,
     ) -> AppliedStep:
         started = time.perf_counter()
-        step, stage, spare = part
-        done = transaction.execute(self._set_rows(step, target, stage, spare))
-        changed = self.changed_rows(done)
+        step, stage, spare, again = part
+        counts: dict[str, int] | None = None
+        changed = wanting = 0
+        # What was applied before mostly changes nothing: it is looked at first, and read once.
+        if again and not spare and step.needs_count(0):
+            look = self._count_rows(stage, step, target, first=True)
+            found = cast(Sequence[Any], transaction.execute(look).all())
+            counts = {update_id: rows + wanted for update_id, rows, wanted in found}
+            wanting = sum(wanted for _, _, wanted in found)
+        if counts is None or wanting:
+            done = transaction.execute(self._set_rows(step, target, stage, spare))
+            changed = self.changed_rows(done)
         rows = changed
-        if step.needs_count(changed):
-            rows = 0
-            for found in transaction.execute(self._count_rows(stage, step, target)):
-                matched[found.update_id] += found.rows
-                rows += found.rows
-            for row in step.rows:
-                matched[row.update_id] += 0
+        if step.needs_count(changed) if counts is None else changed != wanting:
+            look = self._count_rows(stage, step, target)
+            counts = dict(cast(Sequence[Any], transaction.execute(look).all()))
+        if counts is not None:
+            rows = sum(counts.values())
+            for update_id in {row.update_id for row in step.rows}:
+                matched[update_id] += counts.get(update_id, 0)
         return AppliedStep(
             table=step.table,
             rows_matched=rows,
@@ -905,10 +919,19 @@ class SqlSink(ABC):
         spare: frozenset[Spared] = frozenset(),
     ) -> sa.Update | Merge:
         """The one statement that writes to the target."""
-        shape = step.shape
         table = target.clause()
-        where = self._selects(table, stage, shape, target)
-        where += [
+        values, wanting = self._sets(table, stage, step, target)
+        where = self._selects(table, stage, step.shape, target) + wanting
+        where += self._bounds(table, step, target)
+        where += self._spare(table, stage, step, target, sort_notes(spare))
+        return self.set_rows(table, stage, values, where)
+
+    def _sets(
+        self, table: sa.TableClause, stage: sa.FromClause, step: Step, target: Target
+    ) -> tuple[Mapping[sa.ColumnClause[Any], _Expression], list[_Condition]]:
+        """What is set, and what makes a row that is selected one that is written."""
+        shape = step.shape
+        where = [
             self._equal(table, stage, shape, target, place)
             for place, column in enumerate(shape.equals)
             if column in shape.columns
@@ -937,9 +960,7 @@ class SqlSink(ABC):
             where += [self._empty(table, target, column) for column in own_empty]
             if not fills(step, own_empty):
                 where.append(sa.or_(*differs))
-        where += self._bounds(table, step, target)
-        where += self._spare(table, stage, step, target, sort_notes(spare))
-        return self.set_rows(table, stage, values, where)
+        return values, where
 
     def _bounds(self, table: sa.TableClause, step: Step, target: Target) -> list[_Condition]:
         where: list[_Condition] = []
@@ -977,21 +998,33 @@ class SqlSink(ABC):
             where.append(condition)
         return where
 
-    def _count_rows(self, stage: sa.FromClause, step: Step, target: Target) -> sa.Select[Any]:
-        """Rows by update that are now as the update wants them."""
+    def _count_rows(
+        self, stage: sa.FromClause, step: Step, target: Target, *, first: bool = False
+    ) -> sa.Select[Any]:
+        """
+        Rows by update that are now as the update wants them.
+
+        ``first``: and beside them those that the statement would write, if it was sent now.
+        """
         shape = step.shape
         table = target.clause()
         where = self._selects(table, stage, shape, target)
         if shape.versioned:
-            where.append(table.c[target.column(VERSION_COLUMN).name] >= stage.c.sequence)
+            holds = [table.c[target.column(VERSION_COLUMN).name] >= stage.c.sequence]
         else:
-            where += [
+            holds = [
                 ~self._differ(table.c[column.name], stage.c[f"value_{place}"], column, target)
                 for place, column in enumerate(map(target.column, shape.columns))
             ]
+        counts = [sa.func.count().label("rows")]
+        if first:
+            _, wanting = self._sets(table, stage, step, target)
+            counts = [_count_if(holds).label("rows"), _count_if(wanting).label("wanting")]
+        else:
+            where += holds
         where += self._bounds(table, step, target)
         return (
-            sa.select(stage.c.update_id, sa.func.count().label("rows"))
+            sa.select(stage.c.update_id, *counts)
             .select_from(stage.join(table, sa.and_(*where)))
             .group_by(stage.c.update_id)
         )
@@ -1145,21 +1178,14 @@ class SqlSink(ABC):
 
     def _find_later(
         self, transaction: Transaction, stage: sa.FromClause, step: Step, target: Target
-    ) -> Later:
-        """By row of the step: what later updates took of it, and which single rows they took."""
-        found = transaction.execute(
+    ) -> tuple[Later, bool]:
+        """What later updates took of the step's rows, and whether all were noted as they are."""
+        notes: Sequence[Any] = transaction.execute(
             sa.select(
                 stage.c.position,
                 LEDGER.c.sequence,
                 LEDGER.c.update_id,
-                LEDGER.c.columns,
-                LEDGER.c.empty,
-                LEDGER.c.message_column,
-                LEDGER.c.message_id,
-                LEDGER.c.extras,
-                LEDGER.c.time_column,
-                LEDGER.c.starts,
-                LEDGER.c.ends,
+                *(LEDGER.c[name] for name in _NOTED),
             )
             .select_from(
                 stage.join(
@@ -1167,13 +1193,20 @@ class SqlSink(ABC):
                     sa.and_(
                         *self._same_key(stage, step, target),
                         LEDGER.c.sequence >= stage.c.sequence,
-                        LEDGER.c.update_id != stage.c.update_id,
                     ),
                 )
             )
             .order_by(stage.c.position, LEDGER.c.sequence, LEDGER.c.update_id, LEDGER.c.starts)
-        )
-        return later_of(step, target, found)
+        ).all()
+        own: set[tuple[object, ...]] = set()
+        others = []
+        for note in notes:
+            position, _, update_id, *noted = note
+            if update_id == step.rows[position].update_id:
+                own.add((position, *noted))
+            else:
+                others.append(note)
+        return later_of(step, target, others), bool(own) and own.issuperset(_notes(step, target))
 
     def _same_key(self, stage: sa.FromClause, step: Step, target: Target) -> tuple[_Condition, ...]:
         return (
@@ -1232,11 +1265,9 @@ class SqlSink(ABC):
         timed = bool(shape.times)
         nothing = sa.cast(sa.null(), sa.BigInteger())
         message: tuple[str, _Expression] = ("", self._constant_text(""))
-        if shape.messages is not None and not shape.speaks_for_interval:
-            place = shape.equals.index(shape.messages[0])
-            column = target.column(shape.messages[0])
-            if place > 0:
-                message = (column.name, self.as_text(stage.c[f"equal_{place}"], column))
+        if place := _named_by(shape):
+            column = target.column(shape.equals[place])
+            message = (column.name, self.as_text(stage.c[f"equal_{place}"], column))
         key = target.column(shape.key)
         line: dict[str, _Expression] = {
             "update_id": stage.c.update_id,
@@ -1554,11 +1585,16 @@ class _LedgerMovedError(SinkUnavailableError):
 
 
 class _Part(NamedTuple):
-    """What is left of a step, staged, and the notes of the rows to spare."""
+    """
+    What is left of a step, staged, and the notes of the rows to spare.
+
+    ``again``: all of the step was applied before, and is noted.
+    """
 
     step: Step
     stage: sa.FromClause
     spare: frozenset[Spared]
+    again: bool = False
 
 
 class _PreparedStep(NamedTuple):
@@ -1599,6 +1635,11 @@ def _is_empty(expression: _Expression, column: Column) -> _Condition:
     return expression.is_(None) if isinstance(nothing, sa.Null) else expression == nothing
 
 
+def _count_if(conditions: Sequence[_Condition]) -> _Expression:
+    one: _Expression = sa.literal_column("1")
+    return sa.func.count(sa.case((sa.and_(*conditions), one)))
+
+
 def _whole_days(bound: Bound) -> Bound:
     """The message's time is somewhere in the day that such a column keeps of it."""
     lower = None if bound.lower is None else bound.lower // _DAY * _DAY
@@ -1615,6 +1656,41 @@ def _nothing(column: Column) -> _Expression:
 
 def _like(name: str, column: Column) -> StageColumn:
     return StageColumn(name, "time" if column.kind == "time" else "clone", column)
+
+
+def _named_by(shape: Shape) -> int:
+    """The place in ``equals`` of the id by which single rows are meant; 0: there is none beside."""
+    if shape.messages is None or shape.speaks_for_interval:
+        return 0
+    return shape.equals.index(shape.messages[0])
+
+
+#: What of a note says which rows it took, beside its key.
+_NOTED = (
+    "columns",
+    "empty",
+    "message_column",
+    "message_id",
+    "extras",
+    "time_column",
+    "starts",
+    "ends",
+)
+
+
+def _notes(step: Step, target: Target) -> Iterator[tuple[object, ...]]:
+    """What the ledger holds of the step when it was applied: position in it, and `_NOTED`."""
+    shape = step.shape
+    place = _named_by(shape)
+    named = target.column(shape.equals[place]).name if place else ""
+    sets, empty = joined(shape.columns, target), joined(shape.empty, target)
+    time_column = target.column(shape.times[0]).name if shape.times else ""
+    noted = zip(step.rows, note_extras(step, target), strict=True)
+    for position, (row, extras) in enumerate(noted):
+        if extras is not None:
+            message = row.equals[place] if place else ""
+            ends = row.intervals[0] if shape.times else (None, None)
+            yield (position, sets, empty, named, message, extras, time_column, *ends)
 
 
 def _named_stage(
