@@ -80,12 +80,20 @@ class GivenServer:
         self.user = unquote(parts.username or "")
         self.password = unquote(parts.password or "")
 
-    def url(self, database: str, *, user: str = "", password: str = "", scheme: str = "") -> str:
+    def url(
+        self,
+        database: str,
+        *,
+        user: str = "",
+        password: str = "",
+        scheme: str = "mariadb+pymysql",
+        port: int = 0,
+    ) -> str:
         """As `open_sink` takes it; by default of the user who may do everything."""
         name, secret = (user, password) if user else (self.user, self.password)
         return (
-            f"{scheme or 'mariadb+pymysql'}://{quote_plus(name)}:{quote_plus(secret)}"
-            f"@{self.host}:{self.port}/{quote_plus(database)}"
+            f"{scheme}://{quote_plus(name)}:{quote_plus(secret)}"
+            f"@{self.host}:{port or self.port}/{quote_plus(database)}"
         )
 
     def connect(self, database: str | None = None, **options: Any) -> Connection[Any]:

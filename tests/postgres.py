@@ -391,10 +391,11 @@ class Proxy:
     """
     Stands between a client and a server on loopback, and cuts the connection where it is told to.
 
-    A context manager. It reads nothing but the bytes that a client sends, without TLS.
+    A context manager. It reads nothing but the bytes that a client sends, without TLS, so that any
+    server will do that has a ``host`` and a ``port``.
     """
 
-    def __init__(self, server: GivenServer) -> None:
+    def __init__(self, server: Any) -> None:
         self._target = (server.host, server.port)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])

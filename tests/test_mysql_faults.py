@@ -22,7 +22,8 @@ import sqlalchemy as sa
 import recognition.sinks.mysql
 from applying import Worker
 from mariadb import GivenServer
-from recognition.errors import OutcomeUnknownError, SinkUnavailableError
+from postgres import Proxy
+from recognition.errors import OutcomeUnknownError, RecognitionError
 from recognition.planner import plan_updates
 from recognition.sinks import open_sink
 from recognition.sinks.mysql import MysqlSink
@@ -179,6 +180,21 @@ def test_a_client_that_is_killed_at_any_point(database: Database) -> None:
     assert survived < POINTS
 
 
+def _apply(sink: MysqlSink, window: Sequence[Any]) -> int:
+    """As a worker does: until it is applied. Gives how often the outcome was not known."""
+    unknown = 0
+    while True:
+        try:
+            applied = sink.apply(plan_updates(window))
+        except RecognitionError as error:
+            if not error.retryable:
+                raise
+            unknown += isinstance(error, OutcomeUnknownError)
+        else:
+            assert applied.rejected == ()
+            return unknown
+
+
 @pytest.mark.timeout(120 + 10 * POINTS)
 def test_a_connection_that_is_cut_at_any_point(database: Database) -> None:
     """KILL CONNECTION before or after any statement or at the commit: rows as if undisturbed."""
@@ -214,18 +230,40 @@ def test_a_connection_that_is_cut_at_any_point(database: Database) -> None:
             versioned = point % 2 == 1
             window = make_window(random, table, versioned, size=40)
             _make_table(database, table, make_rows())
+            sink.inline_rows = point // 2 % 2 * 100  # with a stage and without
             left["statements"] = random.randint(1, 16 if versioned else 28)
-            while True:
-                try:
-                    applied = sink.apply(plan_updates(window))
-                except (SinkUnavailableError, OutcomeUnknownError):
-                    continue
-                break
+            _apply(sink, window)
 
-            assert applied.rejected == ()
             column = "user_id" if versioned else "stitched_user_id"
             assert database.column(column, table) == expect(window), f"point {point}"
     assert len(cut) > POINTS // 2
+
+
+@pytest.mark.timeout(120 + 10 * POINTS)
+def test_a_network_that_breaks_at_any_point(database: Database) -> None:
+    """A connection that is cut at any message, before or after it arrived: rows as if never."""
+    random = Random(3)
+    unknown = 0
+    with Proxy(database.server) as proxy:
+        url = database.server.url(database.name, port=proxy.port)
+        with closing(open_sink(url, timeout=60)) as sink:
+            assert isinstance(sink, MysqlSink)
+            for point in range(POINTS):
+                table = f"events_{point}"
+                versioned = point % 2 == 1
+                window = make_window(random, table, versioned, size=40)
+                _make_table(database, table, make_rows())
+                sink.inline_rows = point // 4 % 2 * 100  # with a stage and without
+                if point % 4 < 2:
+                    proxy.cut_at(b"\x03COMMIT", answered=random.random() < 0.5)
+                else:
+                    proxy.cut_after(random.randint(1, 20), answered=random.random() < 0.5)
+                unknown += _apply(sink, window)
+
+                column = "user_id" if versioned else "stitched_user_id"
+                assert database.column(column, table) == expect(window), f"point {point}"
+    assert proxy.cuts > POINTS // 2
+    assert unknown > POINTS // 4
 
 
 def test_a_client_that_stands_still_in_a_transaction(
