@@ -56,6 +56,15 @@ def apply(sink: Sink, *updates: Any) -> Applied:
     return sink.apply(plan_updates(updates))
 
 
+def spoken(error: BaseException | None) -> str:
+    """All that an error and those that led to it say, as a log with its traceback would."""
+    shown = []
+    while error is not None:
+        shown += [str(error), repr(error)]
+        error = error.__cause__ or error.__context__
+    return "\n".join(shown)
+
+
 def refusal(applied: Applied) -> str:
     """The one reason of a plan that was refused."""
     ((_, error),) = applied.rejected

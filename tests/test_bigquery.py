@@ -6,7 +6,11 @@ Not run on BigQuery itself; `bigquery_server.py` says what the server refuses in
 
 from __future__ import annotations
 
+import json
+import logging
 import secrets
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -18,6 +22,8 @@ import pytest
 import requests
 import sqlalchemy as sa
 import sqlglot
+from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from google.api_core.exceptions import ServiceUnavailable
 from google.auth.exceptions import RefreshError, TransportError
 from google.cloud import bigquery
@@ -38,6 +44,7 @@ from recognition.planner import plan_updates
 from recognition.sinks import Applied, Sink, open_sink
 from recognition.sinks.bigquery import BigquerySink
 from recognition.testing.sinks import Row, SinkTests, at, between, device, row, update
+from sinks import spoken
 
 Rows = Sequence[Row]
 Opened = Callable[..., BigquerySink]
@@ -215,6 +222,7 @@ def test_one_statement_needs_no_transaction(
     assert (applied.rows_changed, applied.statements) == (20, 1)
     assert first == ["SELECT 1", "MERGE INTO"]
     assert "COMMIT; 10485760 bytes were processed" in caplog.text
+    assert applied.bytes_read == 10_485_760
     assert sent(database.server)[-1] == "ROLLBACK TRANSACTION"
 
 
@@ -630,7 +638,7 @@ def test_urls_without_a_dataset_or_with_a_secret_are_refused(url: str) -> None:
     with pytest.raises(ConfigurationError, match="bigquery://project/dataset") as caught:
         open_sink(url)
 
-    assert "c2VjcmV0" not in str(caught.value)
+    assert "c2VjcmV0" not in spoken(caught.value)
 
 
 def test_credentials_are_looked_for_when_they_are_needed(
@@ -644,7 +652,32 @@ def test_credentials_are_looked_for_when_they_are_needed(
     with pytest.raises(ConfigurationError, match="gcloud auth") as caught:
         sink.apply(plan_updates([update(1, {"user_id": "u1"}, device("a1"))]))
 
-    assert "s3cr3t" not in str(caught.value)
+    assert "s3cr3t" not in spoken(caught.value)
+
+
+def test_the_key_is_nowhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not in what a sink shows of itself, nor in logs, nor in an error and its causes."""
+    caplog.set_level(logging.DEBUG)
+    key = generate_private_key(65537, 2048).private_bytes(
+        Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+    )
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        nobody = f"http://127.0.0.1:{taken.getsockname()[1]}/token"
+    account = {"type": "service_account", "client_email": "loader@p1.example.com"}
+    account |= {"private_key": key.decode(), "private_key_id": "s3cr3t", "token_uri": nobody}
+    file = tmp_path / "key.json"
+    file.write_text(json.dumps(account))
+    sink = open_sink(f"bigquery://p1/d1?credentials_path={file}", timeout=0)
+    began = time.monotonic()
+
+    with pytest.raises(SinkUnavailableError) as caught:
+        apply(sink, update(1, {"user_id": "u1"}, device("a1")))
+
+    shown = [repr(sink), repr(vars(sink)), caplog.text, spoken(caught.value)]
+    lines = key.decode().splitlines()[1:-1]
+    assert caught.value.__cause__ is not None
+    assert not any(secret in each for secret in ("s3cr3t", *lines) for each in shown)
+    assert time.monotonic() - began < 30  # the client would try for ten minutes
 
 
 # Statements -------------------------------------------------------------------------------------

@@ -91,6 +91,8 @@ class Applied:
         rejected: The ids of updates of which nothing was written, each with its reason. All others
             of the plan were applied. A refused update still hides what it covers of its own plan.
         statements: How many statements were sent, those that stage and look up included.
+        bytes_read: How many bytes of tables the engine says that it went through for all of them;
+            ``None``: it does not say. BigQuery bills by these.
     """
 
     rows_matched: int = 0
@@ -99,6 +101,7 @@ class Applied:
     matched_by_update: Mapping[str, int] = field(default_factory=dict)
     rejected: tuple[tuple[str, RecognitionError], ...] = ()
     statements: int = 0
+    bytes_read: int | None = None
 
 
 @runtime_checkable

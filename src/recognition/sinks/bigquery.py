@@ -32,6 +32,7 @@ from typing import Any, ClassVar, TypeVar
 import requests
 import sqlalchemy as sa
 from google.api_core.exceptions import GoogleAPIError, NotFound, RetryError
+from google.api_core.retry import Retry
 from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
 from google.cloud import bigquery
 from google.cloud.bigquery import DEFAULT_RETRY, dbapi
@@ -189,6 +190,8 @@ class BigquerySink(MergingSink):
         self._project, self._dataset = project, dataset
         self._location: str | None = location
         self._left: list[str] = []  # sessions that could not be ended
+        # By itself the client asks again for ten minutes.
+        self._retry = DEFAULT_RETRY.with_timeout(max(1.0, timeout))
         config.default_dataset = f"{project}.{dataset}"
         config.labels = {"application": "recognition", **config.labels}  # who ran it
         config.job_timeout_ms = self._statement_timeout * 1_000
@@ -202,7 +205,7 @@ class BigquerySink(MergingSink):
         engine = sa.create_engine(
             "bigquery://?user_supplied_client=true",
             creator=lambda: _Connection(
-                _Session(client(), config, timeout, self._where(client()), self._left)
+                _Session(client(), config, self._retry, self._where(client()), self._left)
             ),
             hide_parameters=True,
         )
@@ -222,7 +225,7 @@ class BigquerySink(MergingSink):
         self._location = self._location or client.location
         if self._location is None:
             with _told_as_the_driver_does():
-                dataset = client.get_dataset(f"{self._project}.{self._dataset}")
+                dataset = client.get_dataset(f"{self._project}.{self._dataset}", retry=self._retry)
             self._location = str(dataset.location)
         return self._location
 
@@ -294,7 +297,7 @@ class BigquerySink(MergingSink):
         client = _session(connection).client
         with _told_as_sqlalchemy_does("tables.get"):
             try:
-                return client.get_table(name)
+                return client.get_table(name, retry=self._retry)
             except NotFound:
                 return None
 
@@ -302,7 +305,8 @@ class BigquerySink(MergingSink):
         client = _session(connection).client
         with _told_as_sqlalchemy_does("tables.list"):
             try:
-                return [table.table_id for table in client.list_tables(dataset)]
+                tables = client.list_tables(dataset, retry=self._retry)
+                return [table.table_id for table in tables]
             except NotFound:
                 if dataset == f"{self._project}.{self._dataset}":
                     raise
@@ -321,6 +325,10 @@ class BigquerySink(MergingSink):
         if column.kind in ("time", "text"):
             return None
         return f"it is {column.declared}; a time column is a TIMESTAMP, DATETIME, DATE or a text"
+
+    def bytes_read(self, connection: sa.Connection) -> int | None:
+        """https://cloud.google.com/bigquery/docs/reference/rest/v2/Job#JobStatistics2."""
+        return _session(connection).bytes_read
 
     def create_ledger(self, transaction: Transaction) -> None:
         """By a job of its own; nothing is asked for where there is one."""
@@ -478,7 +486,7 @@ class _Session:
         self,
         client: bigquery.Client,
         config: bigquery.QueryJobConfig,
-        timeout: float,
+        retry: Retry,
         location: str | None,
         left: list[str],
     ) -> None:
@@ -489,11 +497,11 @@ class _Session:
         self._location = location
         self._left = left
         # An HTTP request may go twice: it has an id, by which the second is known.
-        self._retry = DEFAULT_RETRY.with_timeout(max(1.0, timeout))
+        self._retry = retry
         self._id: str | None = None
         self._open = False
         self._failed = False
-        self._bytes = 0
+        self.bytes_read = 0
 
     def query_and_wait(
         self, query: str, *, job_config: bigquery.QueryJobConfig, page_size: int | None = None
@@ -527,10 +535,10 @@ class _Session:
         """COMMIT or ROLLBACK, where something is open."""
         if self._open and not self._failed:
             self._send(f"{how} TRANSACTION", self._id)
-        if self._bytes:
-            _log.debug("%s; %d bytes were processed", how, self._bytes)
+        if self.bytes_read:
+            _log.debug("%s; %d bytes were processed", how, self.bytes_read)
         self._open = False
-        self._bytes = 0
+        self.bytes_read = 0
         if self._failed:
             self.close()
 
@@ -585,7 +593,7 @@ class _Session:
         with _told_as_the_driver_does():
             rows = self.client.query_and_wait(query, job_config=config, **how)
         self._failed = False
-        self._bytes += rows.total_bytes_processed or 0
+        self.bytes_read += rows.total_bytes_processed or 0
         return rows
 
 

@@ -450,6 +450,10 @@ class SqlSink(ABC):
         """How many rows a statement wrote."""
         return result.rowcount
 
+    def bytes_read(self, connection: sa.Connection) -> int | None:
+        """What the engine went through in the transaction so far, where it says so."""
+        return None
+
     def create_ledger(self, transaction: Transaction) -> None:
         """Make the ledger, where there is none."""
         transaction.execute(CreateTable(LEDGER, if_not_exists=True))
@@ -871,6 +875,7 @@ class SqlSink(ABC):
             steps=tuple(done),
             matched_by_update=dict(matched),
             rejected=plan.rejected,
+            bytes_read=self.bytes_read(transaction.connection),
         )
 
     def _run(
