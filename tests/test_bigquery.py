@@ -11,7 +11,7 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -41,12 +41,11 @@ from recognition.errors import (
 )
 from recognition.messages import Between, Messages
 from recognition.planner import plan_updates
-from recognition.sinks import Applied, Sink, open_sink
+from recognition.sinks import Sink, open_sink
 from recognition.sinks.bigquery import BigquerySink
-from recognition.testing.sinks import Row, SinkTests, at, between, device, row, update
-from sinks import spoken
+from recognition.testing.sinks import SinkTests, at, between, device, row, update
+from sinks import Rows, ServerKit, apply, refusal, spoken
 
-Rows = Sequence[Row]
 Opened = Callable[..., BigquerySink]
 
 
@@ -129,31 +128,12 @@ def opened(database: Dataset) -> Iterator[Opened]:
         sink.close()
 
 
-class TestBigquery(SinkTests):
+class TestBigquery(ServerKit):
     """The kit, unchanged."""
 
     @pytest.fixture
     def sink(self, opened: Opened) -> Sink:
         return opened()
-
-    @pytest.fixture
-    def write_rows(self, database: Dataset) -> Callable[[str, Rows], None]:
-        return database.write
-
-    @pytest.fixture
-    def read_rows(self, database: Dataset) -> Callable[[str], list[dict[str, object]]]:
-        return database.read
-
-
-def apply(sink: Sink, *updates: Any) -> Applied:
-    return sink.apply(plan_updates(updates))
-
-
-def refusal(applied: Applied) -> str:
-    """The one reason of a plan that was refused."""
-    ((_, error),) = applied.rejected
-    assert isinstance(error, TableError)
-    return str(error)
 
 
 def sent(server: Server) -> list[str]:

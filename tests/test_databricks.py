@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any, ClassVar
 
@@ -28,14 +28,17 @@ from recognition.errors import (
     SinkUnavailableError,
     TableError,
 )
-from recognition.messages import Messages
-from recognition.planner import plan_updates
-from recognition.sinks import Applied, Sink, open_sink
+from recognition.sinks import Sink, open_sink
 from recognition.sinks import databricks as module
 from recognition.sinks.databricks import DatabricksSink, _describe, _is_blurred
-from recognition.testing.sinks import Row, SinkTests, at, between, device, row, unknown, update
+from recognition.testing.sinks import SinkTests, between, device, row, unknown, update
+from sinks import Rows, ServerKit, apply, refusal
+from test_bigquery import (  # noqa: F401 - collected here, with the fixtures of this file
+    test_messages_that_a_later_update_named_are_spared,
+    test_rows_and_notes_that_are_there_twice_do_no_harm,
+    test_rows_can_be_loaded_and_stamped,
+)
 
-Rows = Sequence[Row]
 Opened = Callable[..., DatabricksSink]
 
 
@@ -129,31 +132,12 @@ def opened(database: Schema) -> Iterator[Opened]:
         sink.close()
 
 
-class TestDatabricks(SinkTests):
+class TestDatabricks(ServerKit):
     """The kit, unchanged."""
 
     @pytest.fixture
     def sink(self, opened: Opened) -> Sink:
         return opened()
-
-    @pytest.fixture
-    def write_rows(self, database: Schema) -> Callable[[str, Rows], None]:
-        return database.write
-
-    @pytest.fixture
-    def read_rows(self, database: Schema) -> Callable[[str], list[dict[str, object]]]:
-        return database.read
-
-
-def apply(sink: Sink, *updates: Any) -> Applied:
-    return sink.apply(plan_updates(updates))
-
-
-def refusal(applied: Applied) -> str:
-    """The one reason of a plan that was refused."""
-    ((_, error),) = applied.rejected
-    assert isinstance(error, TableError)
-    return str(error)
 
 
 def sent(warehouse: Warehouse) -> list[str]:
@@ -274,64 +258,6 @@ def test_a_failed_plan_leaves_no_stage(
     database.warehouse.heal()
 
     assert apply(sink, wanted).rows_changed == 1
-
-
-def test_messages_that_a_later_update_named_are_spared(database: Schema, opened: Opened) -> None:
-    """An update of an interval that comes late leaves alone what a later one named by message."""
-    database.write("events", [*(row(f"m{n}", "a1", n) for n in range(4)), row("m9", "a2", 1)])
-    database.run("UPDATE events SET message_id = NULL WHERE message_id = 'm2'")
-    refs = (("m1", at(1)), ("m3", at(3)))
-    named = Messages(id_column="message_id", time_column="timestamp", refs=refs)
-    sink = opened()
-    apply(sink, update(2, {"stitched_user_id": "B"}, device("a1"), named))
-    both = {"stitched_user_id": "A", "context_traits_email": "a"}
-
-    late = apply(sink, update(1, both, device("a1"), between(0, 9)))
-
-    found = database.column("stitched_user_id")
-    assert found == {"m0": "A", "m1": "B", None: "A", "m3": "B", "m9": None}
-    assert late.rows_changed == 6
-    assert late.rejected == ()
-
-
-def test_rows_and_notes_that_are_there_twice_do_no_harm(database: Schema, opened: Opened) -> None:
-    """No key is enforced: each row of a message is set, and a line of the ledger counts once."""
-    database.write("events", [row("m1", "a1", 1), row("m1", "a1", 1), row("m2", "a1", 5)])
-    refs = (("m2", at(5)),)
-    named = Messages(id_column="message_id", time_column="timestamp", refs=refs)
-    sink = opened()
-    later = apply(sink, update(3, {"stitched_user_id": "C"}, device("a1"), between(0, 2)))
-    apply(sink, update(2, {"stitched_user_id": "B"}, device("a1"), named))
-    database.run("INSERT INTO recognition_ledger SELECT * FROM recognition_ledger")
-
-    apply(sink, update(1, {"stitched_user_id": "A"}, device("a1"), between(0, 9)))
-
-    assert later.rows_changed == 2
-    found = sorted(database.run("SELECT message_id, stitched_user_id FROM events"))
-    assert found == [("m1", "C"), ("m1", "C"), ("m2", "B")]
-
-
-def test_rows_can_be_loaded_and_stamped(database: Schema, opened: Opened) -> None:
-    """`load` makes the table, inserts a key once, and puts a newer stamp in the place of one."""
-    columns = {"message_id": "text", "anonymous_id": "text", "user_id": "text", "timestamp": "time"}
-    rows = [
-        {"message_id": f"m{n}", "anonymous_id": "a1", "user_id": None, "timestamp": n * 1_000_000}
-        for n in range(3)
-    ]
-    sink = opened()
-
-    first = sink.load("fresh", rows, key="message_id", columns=columns)
-    again = sink.load(
-        "fresh",
-        [{**each, "user_id": "u1"} for each in rows],
-        key="message_id",
-        columns=columns,
-        stamps=["user_id"],
-        stamped={"m1"},
-    )
-
-    assert (first, again) == (3, 0)
-    assert database.column("user_id", "fresh") == {"m0": None, "m1": "u1", "m2": None}
 
 
 def test_tables_of_another_schema_are_named(database: Schema, opened: Opened) -> None:

@@ -1278,6 +1278,25 @@ def test_the_ledger_forgets_after_its_days(database: Database, opened: Opened) -
     ]
 
 
+def test_what_another_thread_forgets_of_the_tables_is_looked_up(
+    database: Database, opened: Opened
+) -> None:
+    """A thread whose plan fails forgets all tables; a plan that is on its way looks again."""
+    tables = ("events", "pages")
+    for table in tables:
+        database.write(table, [row("m1", "a1", 1)])
+    sink = opened(database)
+
+    @sa.event.listens_for(sink._engine, "before_cursor_execute")
+    def forget(_: Any, __: Any, text: str, *rest: Any) -> None:
+        if "SELECT recognition_stage" in text:
+            sink._targets.clear()
+
+    updates = [update(n, {"user_id": "u"}, device("a1"), table=t) for n, t in enumerate(tables)]
+
+    assert apply(sink, *updates).rows_changed == 2
+
+
 def test_what_was_applied_before_is_read_once(database: Database, opened: Opened) -> None:
     """A window that comes again reads the table once; it is written to where a row has come."""
     database.write("events", [row(f"m{n}", "a1", n) for n in range(3)])

@@ -332,12 +332,12 @@ class PostgresqlSink(PostgresLikeSink):
         Raises:
             SinkReadOnlyError: A table may not be read or updated; nothing was written.
         """
-        targets: dict[int, str] = {}
+        targets: dict[int, tuple[str, _Target]] = {}
         for table in tables:
-            target = self._find(transaction.connection, table)
-            if isinstance(target, _Target):
-                targets.setdefault(target.oid, table)
-        for oid, table in sorted(targets.items()):
+            found = self._find(transaction.connection, table)
+            if isinstance(found, _Target):
+                targets.setdefault(found.oid, (table, found))
+        for oid, (table, target) in sorted(targets.items()):
             transaction.statements += 1
             ((_, reads, updates),) = transaction.connection.exec_driver_sql(
                 "SELECT pg_advisory_xact_lock(%s::int, (%s::bigint - 2147483648)::int),"
@@ -346,11 +346,10 @@ class PostgresqlSink(PostgresLikeSink):
                 (_LOCKS, oid, oid, oid),
             )
             if reads is None:  # it was dropped since it was looked at: now there may be another
-                del self._targets[table]
+                self._targets.pop(table, None)
                 return self.locked(transaction, tables)
             missing = [name for name, has in (("SELECT", reads), ("UPDATE", updates)) if not has]
-            target = self._targets[table]
-            if missing and not target.view and not cast(_Target, target).foreign:
+            if missing and not target.view and not target.foreign:
                 name = ".".join(map(self._quote, target.parts))
                 raise SinkReadOnlyError(
                     f"the role may not {' and '.join(missing)} here; nothing was written; "

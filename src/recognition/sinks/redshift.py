@@ -445,7 +445,7 @@ class RedshiftSink(PostgresLikeSink):
         """
         locked = [LEDGER.name]
         if self._locks_tables:
-            found = [self._targets[table] for table in tables if table in self._targets]
+            found = [each for each in map(self._targets.get, tables) if each is not None]
             names = {".".join(map(self._quote, each.parts)) for each in found if not each.view}
             locked += sorted(names)
         self._limit(transaction, self._timeout)

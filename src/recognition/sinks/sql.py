@@ -815,21 +815,23 @@ class SqlSink(ABC):
     def _prepare(self, transaction: Transaction, plan: Plan) -> _PreparedPlan:
         """Look at the tables, stage what they can take, cut what later updates took of it."""
         refused: dict[str, TableError] = {}
+        targets: list[Target | None] = []
         for step in plan.steps:
-            refused.update(self._check(transaction.connection, step))
+            target, errors = self._check(transaction.connection, step)
+            targets.append(target)
+            refused.update(errors)
         steps: list[_PreparedStep] = []
-        for step in plan.steps:
+        for step, target in zip(plan.steps, targets, strict=True):
             if refused:
                 kept = tuple(row for row in step.rows if row.update_id not in refused)
                 step = replace(step, rows=kept)
-            if step.rows:
-                steps.append(self._prepare_step(transaction, step))
+            if step.rows and target is not None:  # of a table that is missing all were refused
+                steps.append(self._prepare_step(transaction, step, target))
         rejected = (*plan.rejected, *sorted(refused.items(), key=lambda pair: pair[0]))
         return _PreparedPlan(steps, rejected)
 
-    def _prepare_step(self, transaction: Transaction, step: Step) -> _PreparedStep:
+    def _prepare_step(self, transaction: Transaction, step: Step, target: Target) -> _PreparedStep:
         started = time.perf_counter()
-        target = self._targets[step.table]
         if not step.shape.versioned:
             self._open_ledger(transaction)
         stage = self._stage(transaction, step, target)
@@ -1321,15 +1323,19 @@ class SqlSink(ABC):
             return Target(parts=tuple(shape.table.split(".")), columns=columns)
         return replace(target, columns=columns)
 
-    def _check(self, connection: sa.Connection, step: Step) -> dict[str, TableError]:
-        """The updates of the step that this table cannot take, each with the reason."""
+    def _check(
+        self, connection: sa.Connection, step: Step
+    ) -> tuple[Target | None, dict[str, TableError]]:
+        """The table, and the updates of the step that it cannot take, each with the reason."""
         known = step.table in self._targets
-        refused = self._check_against(connection, self._find(connection, step.table), step)
+        target = self._find(connection, step.table)
+        refused = self._check_against(connection, target, step)
         if refused and known:
             # The table may have been mended since it was looked at.
-            del self._targets[step.table]
-            refused = self._check_against(connection, self._find(connection, step.table), step)
-        return refused
+            self._targets.pop(step.table, None)
+            target = self._find(connection, step.table)
+            refused = self._check_against(connection, target, step)
+        return target, refused
 
     def _check_against(
         self, connection: sa.Connection, target: Target | None, step: Step
@@ -1437,7 +1443,7 @@ class SqlSink(ABC):
             ):
                 for command in self._alterations(target, step, missing):
                     transaction.execute_text(command)
-                del self._targets[step.table]
+                self._targets.pop(step.table, None)
 
     def _add_columns(self, target: Target, step: Step, missing: Sequence[str]) -> str:
         commands = self._alterations(target, step, missing)
