@@ -622,6 +622,27 @@ def test_a_view_is_refused(database: Database, opened: Opened) -> None:
     assert "'seen' is a view" in text
 
 
+@pytest.mark.parametrize("engine", ["MyISAM", "Aria"])
+def test_a_table_without_transactions_is_refused(
+    database: Database, opened: Opened, engine: str
+) -> None:
+    """What is written there cannot be undone with the plan, and stays when the ledger does not."""
+    for table in ("events", "pages"):
+        database.write(table, [row("m1", "a1", 1)])
+    database.run(f"ALTER TABLE events DROP PRIMARY KEY, ENGINE = {engine}")  # too long for one
+
+    applied = apply(
+        opened(),
+        update(1, {"user_id": "u"}, device("a1")),
+        update(2, {"user_id": "u"}, device("a1"), table="pages"),
+    )
+
+    assert engine in refusal(applied)
+    assert "ENGINE=InnoDB" in refusal(applied)
+    assert database.column("user_id") == {"m1": None}
+    assert database.column("user_id", "pages") == {"m1": "u"}
+
+
 def test_a_text_is_no_time(database: Database, opened: Opened) -> None:
     """A time column of text or numbers is refused, with what it has to be."""
     database.run("CREATE TABLE events (anonymous_id TEXT, user_id TEXT, timestamp VARCHAR(30))")

@@ -149,6 +149,18 @@ class _Column(Column):
         return self.collation not in ("", *_EXACT)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Target(Target):
+    """
+    A table of MySQL.
+
+    Args:
+        lasting: The engine that keeps it, where that has no transactions.
+    """
+
+    lasting: str = ""
+
+
 class MysqlSink(SqlSink):
     """
     A database of a MariaDB or MySQL server, ``mysql+pymysql://user:password@host/database``.
@@ -247,28 +259,34 @@ class MysqlSink(SqlSink):
         if len(parts) > 2:
             return None
         schema = parts[0] if len(parts) == 2 else self._engine.url.database
-        tables = "SELECT table_name, table_type FROM information_schema.tables"
+        # https://dev.mysql.com/doc/refman/8.0/en/information-schema-engines-table.html
+        tables = (
+            "SELECT t.table_name, t.table_type, CASE e.transactions WHEN 'NO' THEN e.engine END"
+            " FROM information_schema.tables AS t"
+            " LEFT JOIN information_schema.engines AS e ON e.engine = t.engine"
+        )
         exact = connection.exec_driver_sql(
-            f"{tables} WHERE table_schema = %s AND table_name = %s", (schema, parts[-1])
+            f"{tables} WHERE t.table_schema = %s AND t.table_name = %s", (schema, parts[-1])
         )
         # The collation of these tables is not the one by which the server tells names apart.
         found = [row for row in exact if row[0] == parts[-1]]
         if not found:
-            every = connection.exec_driver_sql(f"{tables} WHERE table_schema = %s", (schema,))
+            every = connection.exec_driver_sql(f"{tables} WHERE t.table_schema = %s", (schema,))
             found = [row for row in every if row[0].lower() == parts[-1].lower()]
         if len(found) > 1:
-            several = " and ".join(sorted(repr(name) for name, _ in found))
+            several = " and ".join(sorted(repr(name) for name, *_ in found))
             return Target(parts=tuple(parts), columns={}, ambiguous={"": several})
         if not found:
             self._probe(connection, parts)
             return None
-        ((name, kind),) = found
+        ((name, kind, lasting),) = found
         columns = self._find_columns(connection, schema, name)
-        return Target(
+        return _Target(
             parts=(name,) if schema == self._engine.url.database else (parts[0], name),
             columns={column.name.lower(): column for column in columns},
             collated=any(column.collated for column in columns),
             view=kind not in ("BASE TABLE", "SYSTEM VERSIONED"),
+            lasting=lasting or "",
         )
 
     def _probe(self, connection: sa.Connection, parts: Sequence[str]) -> None:
@@ -558,6 +576,15 @@ class MysqlSink(SqlSink):
         return where
 
     # Values -------------------------------------------------------------------------------------
+
+    def _refuse_shape(self, target: Target, step: Step) -> str | None:
+        if isinstance(target, _Target) and target.lasting and not target.view:
+            named = ".".join(map(self._quote, target.parts))
+            return (
+                f"table {step.table!r} is kept by {target.lasting}, which has no transactions; "
+                f"run: ALTER TABLE {named} ENGINE=InnoDB"
+            )
+        return super()._refuse_shape(target, step)
 
     def _holds_all(self, column: Column, values: Sequence[Value]) -> bool:
         # One look at all texts together: most are short and ASCII.
