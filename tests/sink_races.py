@@ -7,11 +7,18 @@ default a few times.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from random import Random
 from typing import Any
 
+from recognition.errors import OutcomeUnknownError, RecognitionError
+from recognition.planner import plan_updates
+from recognition.sinks import Sink
 from recognition.testing.sinks import between, device, row, unknown, update
 
 RUNS = int(os.environ.get("RECOGNITION_SINK_RACE_RUNS", "4"))
@@ -66,3 +73,40 @@ def make_plans(random: Random, window: Window) -> list[list[Any]]:
         plans.append(shuffled[:size])
         shuffled = shuffled[size:]
     return plans
+
+
+def insist(sink: Sink, window: Window) -> int:
+    """As a worker does: until it is applied. Gives how often the outcome was not known."""
+    unknown = 0
+    while True:
+        try:
+            applied = sink.apply(plan_updates(window))
+        except RecognitionError as error:
+            if not error.retryable:
+                raise
+            unknown += isinstance(error, OutcomeUnknownError)
+        else:
+            assert applied.rejected == ()
+            return unknown
+
+
+@contextmanager
+def inserting(code: str, **options: object) -> Iterator[subprocess.Popen[str]]:
+    """
+    A process that inserts, as a pipeline does; it ends with its input.
+
+    Args:
+        code: Connects with the options that it gets as JSON, says ``ready``, and answers each line.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps(options)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(timeout=30) == 0

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing
 from random import Random
 from typing import Any
 
@@ -23,7 +22,6 @@ import recognition.sinks.mysql
 from applying import Worker
 from mariadb import GivenServer
 from postgres import Proxy
-from recognition.errors import OutcomeUnknownError, RecognitionError
 from recognition.planner import plan_updates
 from recognition.sinks import open_sink
 from recognition.sinks.mysql import MysqlSink
@@ -31,6 +29,8 @@ from sink_races import (
     POINTS,
     RUNS,
     expect,
+    inserting,
+    insist,
     make_plans,
     make_rows,
     make_window,
@@ -63,28 +63,16 @@ def _make_table(database: Database, table: str, rows: Sequence[Mapping[str, obje
     database.run(f"ALTER TABLE {table} ADD INDEX (anonymous_id)")
 
 
-@contextmanager
-def _inserter(database: Database) -> Iterator[subprocess.Popen[str]]:
+def _inserter(database: Database) -> AbstractContextManager[subprocess.Popen[str]]:
     server = database.server
-    options = {
-        "host": server.host,
-        "port": server.port,
-        "user": server.user,
-        "password": server.password,
-        "database": database.name,
-    }
-    with subprocess.Popen(
-        [sys.executable, "-c", _INSERTER, json.dumps(options)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
-        assert process.wait(timeout=30) == 0
+    return inserting(
+        _INSERTER,
+        host=server.host,
+        port=server.port,
+        user=server.user,
+        password=server.password,
+        database=database.name,
+    )
 
 
 @pytest.fixture
@@ -180,21 +168,6 @@ def test_a_client_that_is_killed_at_any_point(database: Database) -> None:
     assert survived < POINTS
 
 
-def _apply(sink: MysqlSink, window: Sequence[Any]) -> int:
-    """As a worker does: until it is applied. Gives how often the outcome was not known."""
-    unknown = 0
-    while True:
-        try:
-            applied = sink.apply(plan_updates(window))
-        except RecognitionError as error:
-            if not error.retryable:
-                raise
-            unknown += isinstance(error, OutcomeUnknownError)
-        else:
-            assert applied.rejected == ()
-            return unknown
-
-
 @pytest.mark.timeout(120 + 10 * POINTS)
 def test_a_connection_that_is_cut_at_any_point(database: Database) -> None:
     """KILL CONNECTION before or after any statement or at the commit: rows as if undisturbed."""
@@ -232,7 +205,7 @@ def test_a_connection_that_is_cut_at_any_point(database: Database) -> None:
             _make_table(database, table, make_rows())
             sink.inline_rows = point // 2 % 2 * 100  # with a stage and without
             left["statements"] = random.randint(1, 16 if versioned else 28)
-            _apply(sink, window)
+            insist(sink, window)
 
             column = "user_id" if versioned else "stitched_user_id"
             assert database.column(column, table) == expect(window), f"point {point}"
@@ -258,7 +231,7 @@ def test_a_network_that_breaks_at_any_point(database: Database) -> None:
                     proxy.cut_at(b"\x03COMMIT", answered=random.random() < 0.5)
                 else:
                     proxy.cut_after(random.randint(1, 20), answered=random.random() < 0.5)
-                unknown += _apply(sink, window)
+                unknown += insist(sink, window)
 
                 column = "user_id" if versioned else "stitched_user_id"
                 assert database.column(column, table) == expect(window), f"point {point}"

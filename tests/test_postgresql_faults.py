@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing
 from random import Random
 from typing import Any
 
@@ -18,12 +17,10 @@ import sqlalchemy as sa
 import recognition.sinks.postgresql
 from applying import Worker
 from postgres import GivenServer, Proxy
-from recognition.errors import OutcomeUnknownError, RecognitionError
-from recognition.planner import plan_updates
 from recognition.sinks import open_sink
 from recognition.sinks.postgresql import PostgresqlSink
 from recognition.testing.sinks import update
-from sink_races import POINTS, RUNS, expect, make_plans, make_rows, make_window
+from sink_races import POINTS, RUNS, expect, inserting, insist, make_plans, make_rows, make_window
 from test_postgresql import Database
 
 # Each row is a transaction of its own, as a pipeline's would be.
@@ -51,28 +48,16 @@ def _make_table(database: Database, table: str, rows: Sequence[Mapping[str, obje
     database.run(f"CREATE INDEX ON {table} (anonymous_id)")
 
 
-@contextmanager
-def _inserter(database: Database) -> Iterator[subprocess.Popen[str]]:
+def _inserter(database: Database) -> AbstractContextManager[subprocess.Popen[str]]:
     server = database.server
-    options = {
-        "host": server.host,
-        "port": server.port,
-        "user": server.user,
-        "password": server.password,
-        "dbname": database.name,
-    }
-    with subprocess.Popen(
-        [sys.executable, "-c", _INSERTER, json.dumps(options)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
-        assert process.wait(timeout=30) == 0
+    return inserting(
+        _INSERTER,
+        host=server.host,
+        port=server.port,
+        user=server.user,
+        password=server.password,
+        dbname=database.name,
+    )
 
 
 def _deadlocks(database: Database) -> int:
@@ -194,21 +179,6 @@ def test_a_client_that_is_killed_at_any_point(database: Database) -> None:
     assert survived < POINTS
 
 
-def _apply(sink: PostgresqlSink, window: Sequence[Any]) -> int:
-    """As a worker does: until it is applied. Gives how often the outcome was not known."""
-    unknown = 0
-    while True:
-        try:
-            applied = sink.apply(plan_updates(window))
-        except RecognitionError as error:
-            if not error.retryable:
-                raise
-            unknown += isinstance(error, OutcomeUnknownError)
-        else:
-            assert applied.rejected == ()
-            return unknown
-
-
 @pytest.mark.timeout(120 + 5 * POINTS)
 def test_a_session_that_is_ended_at_any_point(database: Database) -> None:
     """`pg_terminate_backend` before, in, after any statement or at the commit: rows as if never."""
@@ -259,7 +229,7 @@ def test_a_session_that_is_ended_at_any_point(database: Database) -> None:
             )
             sink.inline_rows = point // 2 % 2 * 100  # with a stage and without
             left["events"] = random.randint(1, 14 if versioned else 20)
-            _apply(sink, window)
+            insist(sink, window)
             for thread in threads:
                 thread.join(30)
 
@@ -289,11 +259,11 @@ def test_a_client_that_stands_still_in_a_transaction(
                 stopped.set()
                 wake.wait(60)
 
-        thread = threading.Thread(target=_apply, args=(one, window))
+        thread = threading.Thread(target=insist, args=(one, window))
         thread.start()
         assert stopped.wait(30)
         began = time.monotonic()
-        _apply(other, window)
+        insist(other, window)
         waited = time.monotonic() - began
         found = database.column(_column(False), "events")
         wake.set()
@@ -334,7 +304,7 @@ def test_a_network_that_breaks_at_any_point(database: Database) -> None:
                     proxy.cut_at(b"COMMIT\0", answered=random.random() < 0.5)
                 else:
                     proxy.cut_after(random.randint(1, 20), answered=random.random() < 0.5)
-                unknown += _apply(sink, window)
+                unknown += insist(sink, window)
 
                 found = database.column(_column(versioned), table)
                 assert found == expect(window), f"point {point}"
