@@ -12,8 +12,9 @@ is not: many users with grants, replicas, a keeper, clusters.
 The user ``reader`` may only read. A fault is set by ``/fault?kind=KIND&pattern=PATTERN&skip=N`` and
 befalls one statement that the pattern is found in, after the first N of them: ``drop`` cuts the
 connection before it is carried out, ``cut`` afterwards, ``hang`` carries it out and does not
-answer, ``pause`` answers after a second; ``&seconds=`` says for how long. ``/faulted`` says whether
-it happened.
+answer, ``pause`` answers after a second; ``&seconds=`` says for how long; a number answers with
+this HTTP status and a page, as a proxy does, without carrying it out. ``/faulted`` says whether it
+happened.
 """
 
 from __future__ import annotations
@@ -126,6 +127,10 @@ class Handler(BaseHTTPRequestHandler):
         insert, body = head is not None, text[head.end() :] if head else b""
         statement = (head[0] if head else text).decode().strip()
         fault, seconds = self.server.take_fault(statement)
+        if fault is not None and fault.isdigit():
+            self.server.faulted = True
+            self.reply(int(fault), b"<html><body>it was 'a1'</body></html>", {})
+            return
         if fault != "drop":
             try:
                 result = self.run(statement, body if insert else None, given, user)

@@ -718,6 +718,34 @@ def test_patches_are_applied_by_policy(opened: Opened) -> None:
     assert pending.result_rows[0][0] <= 2  # parts that are applied go with the next merge
 
 
+def test_patches_that_were_applied_are_not_counted(opened: Opened) -> None:
+    """
+    The engine keeps applied patch parts for half a minute; they wait for nothing.
+
+    A row that comes after them has to stay out of that, and a patch that comes later counts.
+    """
+    opened.table()
+    opened.rows(*(row(f"m{n}", f"a{n}", 1) for n in range(5)), row("other", "a0", 3 * 86_400))
+    sink = opened.sink(strategy="update", patches="never")
+    sink.apply(plan_updates([owner(1, "u0", device("a0"))]))
+
+    def waiting() -> list[tuple[int, int]]:
+        with sink._server.use():
+            return [tuple(line[3:5]) for line in sink._survey(sink._find("events")).partitions]
+
+    written = waiting()
+    opened.client.command("ALTER TABLE events APPLY PATCHES")
+    applied, there = waiting(), [name for name in opened.parts() if name.startswith("patch-")]
+    opened.rows(row("late", "a9", 1))
+    late = waiting()
+    sink.apply(plan_updates([owner(2, "u9", device("a9"))]))
+
+    assert written == [(1, 1), (1, 1)]
+    assert there
+    assert applied == late == [(0, 0), (0, 0)]
+    assert waiting() == [(1, 1), (0, 0)]
+
+
 def test_messages_prune_by_their_days(opened: Opened) -> None:
     """Messages reach their rows in a table that is sorted by day, across zones and midnights."""
     opened.table(EVENTS.replace("'UTC'", "'America/New_York'"))

@@ -222,6 +222,38 @@ def test_a_statement_that_takes_too_long_may_have_happened(server: Server, clien
     assert users(client) == {"m1": "u1", "m2": None}
 
 
+@pytest.mark.parametrize(
+    ("status", "kind", "said"),
+    [
+        ("401", SinkError, "HTTP 401: it wants another login"),
+        ("404", SinkError, "HTTP 404: it is no answer of a ClickHouse server"),
+        ("413", SinkError, "HTTP 413: the request is too large for it"),
+        ("502", OutcomeUnknownError, "HTTP 502: it could not reach the server, or lost it"),
+    ],
+)
+def test_an_answer_of_a_proxy_is_no_lost_connection(
+    server: Server, client: Any, status: str, kind: type[SinkError], said: str
+) -> None:
+    """The error names the status and what it means, and whether again can help; no page."""
+    fill(client, [row("m1", "a1", 1)])
+    sink = open_sink(server.url("test"))
+    server.fault(status, "UPDATE `")
+
+    with pytest.raises(kind, match=said) as caught:
+        sink.apply(plan_updates([owner(2, "u1")]))
+    sink.apply(plan_updates([owner(2, "u1")]))
+    sink.close()
+
+    unknown_outcome = kind is OutcomeUnknownError
+    assert server.faulted()
+    assert type(caught.value) is kind
+    assert caught.value.retryable is unknown_outcome
+    assert caught.value.written is (None if unknown_outcome else False)
+    assert "a1" not in str(caught.value)
+    assert users(client) == {"m1": "u1"}
+    assert left(client) == []
+
+
 def test_a_fault_is_over_when_it_has_happened(server: Server, client: Any) -> None:
     """Of the stand-in: a statement that hung, and ends, is not taken for the next fault."""
     server.fault("hang", "SELECT 1", seconds=1.0)

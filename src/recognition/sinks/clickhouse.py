@@ -1301,14 +1301,16 @@ class ClickhouseSink:
         What the system tables say of the parts and mutations of a table now.
 
         https://clickhouse.com/docs/operations/system-tables/parts and ../mutations
+
+        A patch that is no newer than any part of its partition waits no more: it was applied, or
+        merged in. The engine keeps it for another half a minute.
         """
         where = (Parameter("String", table.parts[0]), Parameter("String", table.parts[1]))
         found = self._server.rows(
             sql(
-                "SELECT if(patch, substring(partition_id, 40), partition_id) AS id,"
-                " sumIf(rows, active AND NOT patch),"
+                "SELECT id, sumIf(rows, active AND NOT patch),"
                 " sumIf(data_compressed_bytes, active AND NOT patch),"
-                " sumIf(rows, active AND patch), countIf(active AND patch),"
+                " sumIf(rows, active AND waits), countIf(active AND waits),"
                 " minIf(toUnixTimestamp(min_time), active AND NOT patch),"
                 " maxIf(toUnixTimestamp(max_time), active AND NOT patch),"
                 " minIf(toInt32(toUInt16(min_date)), active AND NOT patch),"
@@ -1317,8 +1319,11 @@ class ClickhouseSink:
                 " groupArrayIf((name, rows), patch AND level = 0),"
                 " (SELECT count() FROM system.mutations WHERE database = % AND table = %"
                 " AND NOT is_done)"
-                " FROM (SELECT *, startsWith(name, 'patch-') AS patch FROM system.parts"
-                " WHERE database = % AND table = %)"
+                " FROM (SELECT *, patch AND data_version >"
+                " minIf(data_version, active AND NOT patch) OVER (PARTITION BY id) AS waits"
+                " FROM (SELECT *, startsWith(name, 'patch-') AS patch,"
+                " if(patch, substring(partition_id, 40), partition_id) AS id FROM system.parts"
+                " WHERE database = % AND table = %))"
                 " GROUP BY id HAVING countIf(active AND NOT patch) > 0 ORDER BY id",
                 *where,
                 *where,
@@ -1645,6 +1650,8 @@ class _Server:
     def _translate(self, error: ClickHouseError, writes: bool) -> SinkError:
         """The most specific error of ours; the server's text may hold values and is left out."""
         code = getattr(error, "code", None)
+        if code is None and (answered := _STATUS.match(str(error))) is not None:
+            return self._answered(int(answered[1]), writes)
         if code is None:
             if writes:
                 return OutcomeUnknownError(
@@ -1667,10 +1674,40 @@ class _Server:
             return found
         return self._finished(found)
 
+    def _answered(self, status: int, writes: bool) -> SinkError:
+        """An HTTP error without a code of ClickHouse: it comes from what stands before it."""
+        said = _ANSWERED.get(status, "it is no answer of a ClickHouse server; look at the URL")
+        text = f"a proxy, or what else is at the server's address, answered HTTP {status}: {said}"
+        if status < 500 and status not in (408, 429):
+            return self._finished(SinkError(text))
+        if writes and status != 429:
+            return OutcomeUnknownError(
+                f"{text}; the statement's rows were written, will be, or not; applying the same"
+                " again is safe"
+            )
+        return self._finished(SinkUnavailableError(text))
+
     def _finished(self, error: SinkError) -> SinkError:
         error.written = True if self._wrote else error.written
         return error
 
+
+# How clickhouse-connect says an HTTP status that came without a code of ClickHouse.
+_STATUS = re.compile(r"HTTP driver received HTTP status (\d+)")
+
+# https://www.rfc-editor.org/rfc/rfc9110#name-status-codes
+_ANSWERED: Mapping[int, str] = {
+    401: "it wants another login",
+    403: "it lets nobody through, or not this user",
+    407: "the proxy wants a login",
+    408: "it waited too long for the request",
+    413: "the request is too large for it; raise its limit, or let windows be smaller",
+    429: "it takes no more requests for now",
+    500: "it failed",
+    502: "it could not reach the server, or lost it",
+    503: "it or the server is not there for now",
+    504: "it waited too long for the server",
+}
 
 # What the server finds before a statement writes anything.
 _BEFORE_WRITING = {16, 36, 43, 47, 48, 53, 57, 60, 62, 81, 164, 242, 252, 344, 420, 497, 692}
