@@ -6,12 +6,14 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from random import Random
 from typing import Any, ClassVar, NamedTuple
 
 import clickhouse_connect
 import pytest
+from clickhouse_connect.driver.exceptions import ClickHouseError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -552,6 +554,72 @@ def test_a_distributed_table_is_refused_where_a_host_is_not_all(
 
     assert "it is Distributed" in reason
     assert said in reason
+
+
+#: By the engine of a table that has no keeper here: the one it is made with, and its key.
+COPIES = [
+    ("ReplicatedMergeTree", "MergeTree", BY_DAY, "UPDATE `"),
+    ("SharedMergeTree", "MergeTree", BY_DAY, "UPDATE `"),
+    ("ReplicatedReplacingMergeTree", "ReplacingMergeTree(ver)", BY_DAY, "INSERT INTO `test`.`ev"),
+    ("ReplicatedMergeTree", "MergeTree", BY_OWNER, "DELETE FROM `"),
+]
+
+
+@pytest.mark.parametrize(("engine_of", "made", "rest", "chosen"), COPIES)
+def test_the_parser_knows_what_is_sent_for_replicated_tables(
+    opened: Opened, engine_of: str, made: str, rest: str, chosen: str
+) -> None:
+    """
+    Each statement for a replicated table, of every strategy that it can have, is the engine's own.
+
+    There is no keeper here: the table is said to be replicated, and is carried out on what is not.
+    """
+    opened.table(f"{EVENTS}, ver UInt64", rest, KEYED, made)
+    opened.rows(*(row(f"m{n}", f"a{n % 2}", n * 90_000.0, ver=1) for n in range(4)))
+    sink = opened.sink(patches="always")
+    sink.compile(plan_updates([owner(1, "u1", device("a1"))]).steps[0])
+    table = sink._tables["events"] = replace(sink._tables["events"], engine=engine_of)
+    sent: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = []
+    _record(sink, sent)
+
+    several = [(between(10, 100_000), "u1"), (between(200_000, 300_000), "u2")]
+    updates = [owner(n, u, device("a1"), time) for n, (time, u) in enumerate(several, start=1)]
+    applied = sink.apply(plan_updates(updates))
+    sink.apply(plan_updates([update(9, {"user_id": "u3"}, device("a0"), unknown())]))
+
+    assert table.replicated
+    assert applied.rows_changed == 2
+    assert any(text.startswith(chosen) for text, _, _ in sent)
+    assert not any(re.match("ALTER TABLE .* UPDATE", text) for text, _, _ in sent)
+    for text, parameters, sent_with in sent:
+        [[formatted]] = opened.client.query(
+            "SELECT formatQuerySingleLine({text:String})", parameters={"text": text}
+        ).result_rows
+        again = opened.client.query(
+            "SELECT formatQuerySingleLine({text:String})", parameters={"text": formatted}
+        )
+        assert again.result_rows == [(formatted,)]
+        assert opened.client.command(f"EXPLAIN AST {text}", parameters=parameters)
+        if text.startswith(("UPDATE", "DELETE", "ALTER")):
+            assert sent_with["mutations_sync"] == 2
+            assert sent_with["allow_nondeterministic_mutations"] == 1
+    with pytest.raises(ClickHouseError, match="SYNTAX_ERROR"):
+        opened.client.command(f"EXPLAIN AST {sent[-1][0]} ON SHARD")
+
+
+def _record(sink: Any, sent: list[Any]) -> None:
+    """Let the sink note what it sends, with parameters and settings, and send it."""
+    server = sink._server
+
+    def run(statement: Any, settings: Any = None, **more: Any) -> None:
+        sent.append((*statement.render(), settings or {}))
+        type(server).run(server, statement, settings, **more)
+
+    def rows(statement: Any) -> Any:
+        sent.append((*statement.render(), {}))
+        return type(server).rows(server, statement)
+
+    server.run, server.rows = run, rows
 
 
 @pytest.mark.parametrize(
