@@ -16,6 +16,9 @@ cache or not, and how much its memory grew:
     in all other lines
 ``floor: columns``
     write the three columns of all rows elsewhere: what any rewrite of the columns has to do
+``floor: bare update``
+    the engine's own ``UPDATE`` of the same rows, without intervals, versions, lock and survey: what
+    the sink adds to it is its own
 ``chosen``
     the sink, the strategy that it chooses; ``update`` and ``alter`` are the same, forced
 ``unpruned``
@@ -273,6 +276,21 @@ class Run:
             f" (SELECT anonymous_id FROM staged) AND user_id IS NULL AND {self.range()}"
         )
 
+    def bare_update(self) -> None:
+        self.stage("Join(ANY, LEFT, anonymous_id)")
+        values = ", ".join(
+            f"{column} = joinGet('default.staged', '{name}', anonymous_id)"
+            for column, name in (
+                ("user_id", "user_id"),
+                ("user_email", "email"),
+                ("recognition_version", "version"),
+            )
+        )
+        self.client.command(
+            f"UPDATE events SET {values} WHERE anonymous_id IN (SELECT anonymous_id FROM staged)"
+            f" AND user_id IS NULL AND {self.range()}"
+        )
+
     def columns(self) -> None:
         self.stage("Join(ANY, LEFT, anonymous_id)")
         self.client.command(
@@ -354,8 +372,8 @@ class Run:
 
 SAMPLE = 3
 LINES = (
-    "scan and write", "columns", "chosen", "unpruned", "update", "alter", "one by one", "literals",
-    "squash", "whole rows",
+    "scan and write", "columns", "bare update", "chosen", "unpruned", "update", "alter",
+    "one by one", "literals", "squash", "whole rows",
 )  # fmt: skip
 
 
@@ -446,7 +464,7 @@ def _print_case(case: dict[str, Any], rows: int) -> None:
     for name, found in lines.items():
         ratios = "".join(
             f"{found['cpu'] / lines[floor]['cpu']:>9.2f} x"
-            for floor in ("scan and write", "columns")
+            for floor in ("scan and write", "columns", "bare update")
             if floor in lines
         )
         print(
