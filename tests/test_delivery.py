@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import duckdb
@@ -836,3 +837,52 @@ def test_old_updates_are_not_given_up_for_their_age(graph: Graph, tmp_path: Path
 
     assert (counted.waiting, counted.dead) == (1, 0)
     assert counted.oldest == item.update.created_at
+
+
+class Pauses(threading.Event):
+    """It is never waited for, only noted for how long; it ends after so many pauses."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.noted: list[float] = []
+        self._count = count
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.noted.append(timeout)
+        if len(self.noted) >= self._count:
+            self.set()
+        return self.is_set()
+
+
+def test_window_collects_from_the_beginning_of_the_one_before(
+    graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What came while a window was applied has waited already: not for a whole time once more."""
+    clock = [1_000.0]  # it moves while something is applied, and not by itself
+    monkeypatch.setattr("recognition.delivery.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    lasts = iter((20.0, 90.0))
+    first = [event for event in journey(2) if event.anonymous_id == "d0"]
+    second = [event for event in journey(2) if event.anonymous_id == "d1"]
+    journeys = iter((second, []))
+    warehouse = Warehouse(tmp_path).make()
+    warehouse.put(journey(2))
+
+    recognizer = Recognizer(graph, RULES)
+
+    def slow(_: Plan) -> None:
+        if events := next(journeys):
+            recognizer.process(events)
+        clock[0] += next(lasts)
+
+    recognizer.process(first)
+    with closing(warehouse.sink()) as sink:
+        deliverer = deliverer_of(
+            graph, Destination(name="w", sink=Around(sink, before=slow), settle=0.0), every=60.0
+        )
+        stop = Pauses(3)
+        deliverer.run(stop)
+
+    assert deliverer.served["w"].windows == 2
+    # The rest of a time; nothing, where more than that has passed; all of it, where nothing came.
+    assert stop.noted == [40.0, 0.0, 60.0]

@@ -194,7 +194,7 @@ class DeliveryTable(_Table):
     window: Annotated[int, Field(ge=1, le=100_000)] = 10_000
     """How many updates are applied in one window, at most."""
     every_seconds: Annotated[float, Field(ge=0.01, le=3600)] = 1.0
-    """How long a window collects."""
+    """How long a window collects, from the beginning of the one before."""
     settle_seconds: Annotated[float, Field(ge=0, le=30 * 86_400)] = 600.0
     """After how long an update is applied again, because its rows may have been on their way:
     twice the batch period of the pipeline. 0: never, where rows and updates come in one order."""

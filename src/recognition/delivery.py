@@ -234,7 +234,8 @@ class Deliverer:
             begins; one that the outbox serves and that is not among them is left alone.
         rules: For filling a destination that is new with what the graph knows already; without
             them it gets new updates only.
-        every: How long a window collects, in seconds: the pause after one that was not full.
+        every: How long a window collects, in seconds, from the beginning of the one before, if that
+            was not full; where applying that one took longer, the next begins at once.
         lease: In seconds; a window in flight is renewed three times within it.
         longest: For how long a window in flight is renewed at most, in seconds.
         patience: How long an update waits for its table to be mended before it is given up.
@@ -384,6 +385,7 @@ class _Line:
                     elif not self._part:
                         self._restating = None  # the graph failed: nothing more comes from it
                     self._fill_at = time.monotonic() + again
+            began = time.monotonic()
             try:
                 leased = self._graph.lease_updates(
                     self._size, self._of._lease, self.destination.name
@@ -391,7 +393,8 @@ class _Line:
                 if leased:
                     self._carry(leased)
                 if len(leased) < self._size and not self._is_filling():
-                    pause = self._of._every
+                    # What came while this window was applied has waited as long already.
+                    pause = max(0.0, self._of._every - (time.monotonic() - began))
                 if woken and not leased and not self._is_filling():
                     self.idle = True
             except Exception as exc:
