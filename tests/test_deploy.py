@@ -81,6 +81,6 @@ def test_dashboard_is_what_grafana_imports() -> None:
     panels = board["panels"]
     places = {(p["gridPos"]["x"], p["gridPos"]["y"]) for p in panels}
 
-    assert len({panel["id"] for panel in panels}) == len(places) == len(panels) == 8
+    assert len({panel["id"] for panel in panels}) == len(places) == len(panels) == 10
     assert {panel["datasource"]["uid"] for panel in panels} == {"${datasource}"}
     assert all(target["expr"] for panel in panels for target in panel["targets"])

@@ -1,7 +1,8 @@
 """
 A worker that is killed at random moments, while it serves DuckDB, PostgreSQL and ClickHouse.
 
-How many times says ``RECOGNITION_TEST_DEATHS``; there are 500 new events for each.
+Its events come from a directory, and from Kafka. How many times says ``RECOGNITION_TEST_DEATHS``;
+there are 500 new events for each.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import clickhouse_connect
+import confluent_kafka as ck
 import duckdb
 import pytest
 
+from broker import Broker, MissingBrokerError
 from chdb_server import Server
 from households import SIZE, make_household, owners, to_row, to_segment
 from postgres import GivenServer
@@ -113,6 +116,105 @@ def destinations(tmp_path: Path, postgres: GivenServer) -> Iterator[Destinations
         yield found
 
 
+class Feed(Protocol):
+    """Where the worker's events come from."""
+
+    name: str
+    endless: bool
+    settings: str
+
+    def put(self, events: Sequence[Event]) -> None:
+        """More of them."""
+
+    def left(self) -> int:
+        """How much of it no worker has confirmed."""
+
+
+class Files:
+    """A directory."""
+
+    name = "files"
+    endless = False
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / "in"
+        self._folder.mkdir()
+        self._parts = 0
+        self.settings = f'[worker]\ndirectories = ["{self._folder}"]\n'
+
+    def put(self, events: Sequence[Event]) -> None:
+        part = self._folder / f"{self._parts:03}.part"
+        self._parts += 1
+        part.write_text("".join(json.dumps(to_segment(event)) + "\n" for event in events))
+        part.rename(part.with_suffix(".ndjson"))
+
+    def left(self) -> int:
+        return len([*self._folder.glob("*.ndjson")])
+
+
+class Topic:
+    """A topic of two partitions; all of a visitor are in one."""
+
+    name = "kafka"
+    endless = True
+
+    def __init__(self, broker: Broker) -> None:
+        broker.create("events", partitions=2)
+        options = {"bootstrap.servers": broker.servers, "log_level": 0}
+        self._producer = ck.Producer(options)
+        self._reader = ck.Consumer({**options, "group.id": "recognition"})
+        # As the broker confirmed them: its high watermark is where the last batch begins.
+        self._ends = [0, 0]
+        # So long a member that was killed is missed before the next one gets its partitions.
+        self.settings = (
+            f'[worker.kafka]\nservers = "{broker.servers}"\ntopics = ["events"]\n'
+            "batch_size = 50\nlinger_seconds = 0.05\n"
+            "[worker.kafka.options]\n"
+            '"session.timeout.ms" = 2000\n"heartbeat.interval.ms" = 300\n'
+            '"auto.commit.interval.ms" = 100\n'
+        )
+
+    def put(self, events: Sequence[Event]) -> None:
+        failed: list[object] = []
+
+        def told(error: object, message: Any) -> None:
+            if error is not None:
+                failed.append(error)
+            else:
+                place = message.partition()
+                self._ends[place] = max(self._ends[place], message.offset() + 1)
+
+        for event in events:
+            self._producer.produce(
+                "events", json.dumps(to_segment(event)), event.anonymous_id, on_delivery=told
+            )
+        assert self._producer.flush(30) == 0
+        assert failed == []
+
+    def left(self) -> int:
+        places = [ck.TopicPartition("events", number) for number in range(2)]
+        found = self._reader.committed(places, timeout=20)
+        return sum(self._ends) - sum(max(0, place.offset) for place in found)
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+@pytest.fixture(params=["files", "kafka"])
+def feed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Feed]:
+    if request.param == "files":
+        yield Files(tmp_path)
+        return
+    try:
+        broker = Broker()
+    except MissingBrokerError as error:
+        if os.environ.get("RECOGNITION_TEST_REQUIRE_SERVERS") == "1":
+            raise
+        pytest.skip(str(error))
+    with broker, closing(Topic(broker)) as topic:
+        yield topic
+
+
 @contextmanager
 def working(config: Path, log: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
     """The command, when it is about to begin."""
@@ -140,7 +242,9 @@ def backlogs(url: str) -> list[int]:
 
 
 @pytest.mark.timeout(300 + 20 * KILLS)
-def test_worker_that_is_killed_at_any_moment(tmp_path: Path, destinations: Destinations) -> None:
+def test_worker_that_is_killed_at_any_moment(
+    tmp_path: Path, destinations: Destinations, feed: Feed
+) -> None:
     """
     SIGKILL again and again while new events come; in the end all rows are those of the oracle.
 
@@ -156,8 +260,6 @@ def test_worker_that_is_killed_at_any_moment(tmp_path: Path, destinations: Desti
     ]
     events = [event for _, event in sorted(arriving, key=lambda pair: pair[0])]
     destinations.load(events, tmp_path)
-    inbox = tmp_path / "in"
-    inbox.mkdir()
     graph = f"sqlite:///{tmp_path}/graph.db"
     config = tmp_path / "recognition.toml"
     config.write_text(
@@ -166,26 +268,37 @@ def test_worker_that_is_killed_at_any_moment(tmp_path: Path, destinations: Desti
             f'[[destinations]]\nname = "{name}"\nurl = "{url}"\n'
             for name, url in zip(NAMES, destinations.urls, strict=True)
         )
-        + f'[worker]\ndirectories = ["{inbox}"]\n'
-        "[delivery]\nwindow = 200\nevery_seconds = 0.02\nsettle_seconds = 0\n"
+        + feed.settings
+        + "[delivery]\nwindow = 200\nevery_seconds = 0.02\nsettle_seconds = 0\n"
     )
     log = tmp_path / "worker.log"
-    left = dict.fromkeys(("files", *NAMES), 0)
+    left = dict.fromkeys((feed.name, *NAMES), 0)
     for number in range(KILLS):
-        lines = [json.dumps(to_segment(event)) for event in events[number::KILLS]]
-        part = inbox / f"{number:03}.part"
-        part.write_text("\n".join(lines) + "\n")
-        part.rename(part.with_suffix(".ndjson"))
+        feed.put(events[number::KILLS])
+        before = feed.left()
         began = time.monotonic()
         with working(config, log) as worker:
             # As long as it took to import everything, which a busy machine makes longer as well.
-            time.sleep(1.5 * draw.random() * (time.monotonic() - began))
+            took = time.monotonic() - began
+            if feed.endless and draw.random() < 0.8:  # mostly when it is one of the group
+                while feed.left() == before:
+                    assert worker.poll() is None, log.read_text()
+                    time.sleep(0.01)
+            time.sleep(1.5 * draw.random() * took)
             assert worker.poll() is None, log.read_text()
             worker.send_signal(signal.SIGKILL)
             worker.wait(30)
-        left["files"] += any(inbox.glob("*.ndjson"))
+        # Of a topic, where it was read in part; a file is taken as a whole.
+        left[feed.name] += 0 < feed.left() < before + (not feed.endless)
         for name, count in zip(NAMES, backlogs(graph), strict=False):
             left[name] += count > 0
+    if feed.endless:
+        with working(config, log) as worker:
+            while feed.left():
+                assert worker.poll() is None, log.read_text()
+                time.sleep(0.1)
+            worker.send_signal(signal.SIGTERM)
+            assert worker.wait(60) == 0, log.read_text()
     with working(config, log, "--once") as worker:
         said, _ = worker.communicate(timeout=200 + 10 * KILLS)
     right = {key: who for household in households for key, who in owners(household).items()}
