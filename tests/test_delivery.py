@@ -886,3 +886,29 @@ def test_window_collects_from_the_beginning_of_the_one_before(
     assert deliverer.served["w"].windows == 2
     # The rest of a time; nothing, where more than that has passed; all of it, where nothing came.
     assert stop.noted == [40.0, 0.0, 60.0]
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["held", "lost"])
+def test_window_whose_lease_has_ended_is_not_given_back(
+    graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    """Whoever stood still does not free what another worker may be at work with by now."""
+    clock = [1_000.0]
+    monkeypatch.setattr("recognition.delivery.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    warehouse = Warehouse(tmp_path).make()
+    warehouse.put(journey(1))
+    Recognizer(graph, RULES).process(journey(1))
+
+    def fails(_: Plan) -> None:
+        if lost:
+            clock[0] += 60.0  # as long as it is leased
+            deliverer._lines[0].renew()
+        raise SinkUnavailableError("it is away")
+
+    with closing(warehouse.sink()) as sink:
+        deliverer = deliverer_of(
+            graph, Destination(name="w", sink=Around(sink, before=fails)), lease=60.0
+        )
+        deliverer.run(Pauses(1))
+
+    assert bool(graph.lease_updates(10, 60.0, "w")) == (not lost)

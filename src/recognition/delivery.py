@@ -354,6 +354,8 @@ class _Line:
         self._lock = threading.Lock()  # whoever holds it decides about the leases of the window
         self._flying: list[int] = []
         self._began = 0.0
+        #: When the lease of the window in flight ends, if it is not renewed; by our own clock.
+        self._until = 0.0
         #: By position, how often an update was refused alone; and of these, since which others
         #: were applied.
         self._refused: dict[int, int] = {}
@@ -386,6 +388,7 @@ class _Line:
                         self._restating = None  # the graph failed: nothing more comes from it
                     self._fill_at = time.monotonic() + again
             began = time.monotonic()
+            self._until = began + self._of._lease
             try:
                 leased = self._graph.lease_updates(
                     self._size, self._of._lease, self.destination.name
@@ -427,11 +430,13 @@ class _Line:
         return pause
 
     def renew(self) -> None:
-        """Make the lease of the window in flight longer, unless it flies for too long."""
+        """Make the lease of the window in flight longer, unless it has ended or flies too long."""
         with self._lock:
-            if self._flying and time.monotonic() - self._began < self._of._longest:
+            now = time.monotonic()
+            if self._flying and now < self._until and now - self._began < self._of._longest:
                 try:
                     self._hold(self._flying, self._of._lease, applied=False)
+                    self._until = now + self._of._lease
                 except Exception as exc:  # the next time may be better
                     told = _tell(exc)
                     _log.warning("%s: a lease was not renewed: %s", self.destination.name, told)
@@ -450,7 +455,10 @@ class _Line:
             plan, applied = self._apply([item.update for item in leased])
         except Exception as exc:
             self._land()
-            if getattr(exc, "retryable", False):
+            if time.monotonic() >= self._until:
+                # We stood still, or the graph was away: another worker may be at work with it.
+                _log.warning("%s: the lease of a window has ended", self.destination.name)
+            elif getattr(exc, "retryable", False):
                 self._return(leased, exc)
             else:
                 self._give_back_refused(leased, exc)
