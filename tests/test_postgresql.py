@@ -227,6 +227,8 @@ def test_a_window_takes_a_handful_of_statements(
         "SELECT set_config",
         "SELECT pg_advisory_xact_lock",
         *(["CREATE TEMPORARY TABLE stage", "ANALYZE stage"] if staged else []),
+        # Now and then, as it grows.
+        *(["SELECT NOT", "ANALYZE recognition_ledger"] if staged else []),
         "SELECT stage",
         "UPDATE events",
         "INSERT INTO recognition_ledger",
@@ -234,6 +236,29 @@ def test_a_window_takes_a_handful_of_statements(
     ]
     # COPY goes past SQLAlchemy, and what begins the transaction past our count.
     assert applied.statements == len(sent) - 1 + staged
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["free", "held"])
+def test_the_ledger_has_statistics_before_the_server_sees_to_it(
+    database: Database, opened: Opened, monkeypatch: pytest.MonkeyPatch, held: bool
+) -> None:
+    """A planner that takes its notes for none looks through all of them for each staged row."""
+    monkeypatch.setattr(PostgresqlSink, "inline_rows", 0)
+    database.write("events", [row("m1", "a1", 1)])
+    sink = opened(timeout=60)
+    apply(sink, update(1, {"user_id": "u1"}, device("a1")))  # makes the ledger
+    monkeypatch.setattr(sink, "_analyse_at", 1)  # as if it had grown
+    with database.server.connect(database.name, autocommit=False) as another:
+        if held:  # it is not waited for
+            another.execute("LOCK TABLE recognition_ledger IN SHARE UPDATE EXCLUSIVE MODE")
+        apply(sink, update(2, {"user_id": "u2"}, device("a1")))
+        found = database.run("SELECT 1 FROM pg_stats WHERE tablename = 'recognition_ledger'")
+    apply(sink, update(3, {"user_id": "u3"}, device("a1")))
+    later = database.run("SELECT 1 FROM pg_stats WHERE tablename = 'recognition_ledger'")
+
+    assert bool(found) == (not held)
+    assert later != []
+    assert database.column("user_id") == {"m1": "u3"}
 
 
 @pytest.fixture(params=["inline", "staged"])
