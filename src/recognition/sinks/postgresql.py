@@ -190,7 +190,7 @@ class PostgresqlSink(PostgresLikeSink):
     inline_rows = 100
     #: Rows staged so far, and at how many of them the ledger is analysed next.
     _staged = 0
-    _analyse_at = 0
+    _analyse_at = 1_000
     types: ClassVar[Mapping[str, str]] = {
         "text": "TEXT",
         "time": "TIMESTAMPTZ",
@@ -421,7 +421,7 @@ class PostgresqlSink(PostgresLikeSink):
             (LEDGER.name,),
         )
         if free:
-            self._analyse_at = 2 * max(self._staged, 500)
+            self._analyse_at = 2 * self._staged
             transaction.execute_text(f"ANALYZE {LEDGER.name}")
 
     def inline(
