@@ -227,8 +227,6 @@ def test_a_window_takes_a_handful_of_statements(
         "SELECT set_config",
         "SELECT pg_advisory_xact_lock",
         *(["CREATE TEMPORARY TABLE stage", "ANALYZE stage"] if staged else []),
-        # Now and then, as it grows.
-        *(["SELECT NOT", "ANALYZE recognition_ledger"] if visitors > 1_000 else []),
         "SELECT stage",
         "UPDATE events",
         "INSERT INTO recognition_ledger",
@@ -236,29 +234,6 @@ def test_a_window_takes_a_handful_of_statements(
     ]
     # COPY goes past SQLAlchemy, and what begins the transaction past our count.
     assert applied.statements == len(sent) - 1 + staged
-
-
-@pytest.mark.parametrize("held", [False, True], ids=["free", "held"])
-def test_the_ledger_has_statistics_before_the_server_sees_to_it(
-    database: Database, opened: Opened, monkeypatch: pytest.MonkeyPatch, held: bool
-) -> None:
-    """A planner that takes its notes for none looks through all of them for each staged row."""
-    monkeypatch.setattr(PostgresqlSink, "inline_rows", 0)
-    database.write("events", [row("m1", "a1", 1)])
-    sink = opened(timeout=60)
-    apply(sink, update(1, {"user_id": "u1"}, device("a1")))  # makes the ledger
-    monkeypatch.setattr(sink, "_analyse_at", 1)  # as if it had grown
-    with database.server.connect(database.name, autocommit=False) as another:
-        if held:  # it is not waited for
-            another.execute("LOCK TABLE recognition_ledger IN SHARE UPDATE EXCLUSIVE MODE")
-        apply(sink, update(2, {"user_id": "u2"}, device("a1")))
-        found = database.run("SELECT 1 FROM pg_stats WHERE tablename = 'recognition_ledger'")
-    apply(sink, update(3, {"user_id": "u3"}, device("a1")))
-    later = database.run("SELECT 1 FROM pg_stats WHERE tablename = 'recognition_ledger'")
-
-    assert bool(found) == (not held)
-    assert later != []
-    assert database.column("user_id") == {"m1": "u3"}
 
 
 @pytest.fixture(params=["inline", "staged"])
@@ -269,12 +244,14 @@ def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 @contextmanager
-def _explained(sink: PostgresqlSink, *settings: str) -> Iterator[list[dict[str, Any]]]:
+def _explained(
+    sink: PostgresqlSink, *settings: str, begins: str = "UPDATE"
+) -> Iterator[list[dict[str, Any]]]:
     """How the server would carry out the UPDATEs that the sink sends, by the server's own word."""
     found: list[dict[str, Any]] = []
 
     def explain(_: Any, cursor: Any, text: str, parameters: Any, *rest: Any) -> None:
-        if text.startswith("UPDATE"):
+        if text.startswith(begins):
             with cursor.connection.cursor() as another:
                 for setting in settings:
                     another.execute(f"SET LOCAL {setting}")
@@ -1428,3 +1405,31 @@ def test_a_connection_that_breaks_before_the_commit_is_healed(
     assert [each.rows_changed for each in applied] == [1, 1, 1, 1]
     assert proxy.cuts == 4
     assert _owners(database, "events") == ["u3"]
+
+
+def test_the_planner_knows_how_many_notes_there_are(database: Database, opened: Opened) -> None:
+    """It took them for one, and looked for each staged row through all: minutes for a window."""
+    database.write("events", [row(f"m{n}", f"a{n}", n) for n in range(200)])
+    sink = opened()
+
+    def tell(sequence: int) -> None:
+        apply(
+            sink,
+            *(
+                update(
+                    sequence + n,
+                    {"user_id": f"u{sequence}"},
+                    device(f"a{n}"),
+                    Equals(column="message_id", value=f"m{n}"),
+                )
+                for n in range(200)
+            ),
+        )
+
+    tell(0)
+    database.run("ANALYZE recognition_ledger")
+    with _explained(sink, begins="INSERT INTO recognition_ledger") as plans:
+        tell(1_000)
+
+    (notes,) = [node for node in plans if node.get("Alias", "").startswith("recognition_ledger_")]
+    assert notes["Plan Rows"] > 100

@@ -188,9 +188,6 @@ class PostgresqlSink(PostgresLikeSink):
     collating = ("text",)
     # A temporary table is some milliseconds, and 0.2 MB of log for the system's own tables.
     inline_rows = 100
-    #: Rows staged so far, and at how many of them the ledger is analysed next.
-    _staged = 0
-    _analyse_at = 1_000
     types: ClassVar[Mapping[str, str]] = {
         "text": "TEXT",
         "time": "TIMESTAMPTZ",
@@ -399,30 +396,6 @@ class PostgresqlSink(PostgresLikeSink):
         joined = [c.name for c in columns if c.name.startswith("equal_") or c.name == "workspace"]
         listed = f" ({', '.join(joined)})" if joined else ""
         transaction.execute_text(f"ANALYZE {self._quote(name)}{listed}")
-        self._analyse_ledger(transaction, len(lists[0]))
-
-    def _analyse_ledger(self, transaction: Transaction, rows: int) -> None:
-        """
-        Statistics of the ledger, each time that it may be twice as large as at the last.
-
-        Without them the planner takes a kind of notes that came since for none at all, and looks
-        for each staged row through all of them: 10,000 rows beside 50,000 notes took four minutes.
-        The server's own ``ANALYZE`` comes after a minute, and later where it crashed meanwhile,
-        because it forgets then what was written.
-        """
-        self._staged += rows
-        if not self._has_ledger or self._staged < self._analyse_at:
-            return
-        # Somebody else's would be waited for, until the end of its transaction.
-        transaction.statements += 1
-        ((free,),) = transaction.connection.exec_driver_sql(
-            "SELECT NOT EXISTS (SELECT 1 FROM pg_locks WHERE relation = to_regclass(%s)"
-            " AND mode LIKE '%%Share%%Exclusive%%')",
-            (LEDGER.name,),
-        )
-        if free:
-            self._analyse_at = 2 * self._staged
-            transaction.execute_text(f"ANALYZE {LEDGER.name}")
 
     def inline(
         self,
