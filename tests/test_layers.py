@@ -35,10 +35,10 @@ STAGES: dict[str, set[str]] = {
     "aio": _WAY_IN | _WAY_OUT | {"delivery"},
     "bulker": _WAY_IN | _WAY_OUT,
     "receiver": {"errors", "events"},
-    "kafka": _WAY_IN | _WAY_OUT,
+    "kafka": _WAY_IN | _WAY_OUT | {"delivery"},
     "config": _WAY_IN | {"delivery"},
     "parts": _WAY_IN | _WAY_OUT | {"delivery", "worker", "bulker", "receiver", "kafka", "config"},
-    "check": _WAY_IN | _WAY_OUT | {"delivery", "receiver", "config", "parts"},
+    "check": _WAY_IN | _WAY_OUT | {"delivery", "receiver", "kafka", "config", "parts"},
     "demo": set(),
     "cli": _WAY_IN
     | _WAY_OUT

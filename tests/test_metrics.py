@@ -57,7 +57,7 @@ def test_metrics_say_what_came_in_went_out_and_waits(tmp_path: Path) -> None:
             every=0.05,
         )
         worker = Worker(Recognizer(graph, RULES), [], deliverer)
-        metrics = Metrics(graph, worker, deliverer, every=0.0)
+        metrics = Metrics(graph, worker, deliverer.served, every=0.0)
         address = f"127.0.0.1:{free_port()}"
         server = metrics.serve(address)
         with delivering(deliverer):
@@ -99,7 +99,7 @@ def test_dashboard_and_page_name_metrics_that_exist(tmp_path: Path) -> None:
         # Neither is run.
         sources = [KafkaSource("nowhere:1", ["t"], "g"), Receiver(["an example key"])]
         worker = Worker(Recognizer(graph), sources, None)
-        served = {family.name for family in Metrics(graph, worker, deliverer).collect()}
+        served = {family.name for family in Metrics(graph, worker, deliverer.served).collect()}
     deployed = "".join(
         (DEPLOY / name).read_text("utf-8") for name in ("grafana.json", "alerts.yaml")
     )

@@ -157,6 +157,109 @@ def test_updates_go_out_to_a_topic(
     assert result["updates_waiting"] == 0
 
 
+def metric(port: int, *name: str) -> float:
+    """One of the numbers that a worker serves; -1: it serves none."""
+    text = get(f"http://127.0.0.1:{port}/metrics")
+    return -1 if text is None else read(text)[name]
+
+
+def test_worker_of_updates_applies_a_topic_to_each_destination(
+    tmp_path: Path, cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    One worker decides and sends to a topic, another one applies to two databases.
+
+    Each has a group of its own, and the one that is broken holds the other one up neither before
+    nor after it is mended. What is no update is a dead letter of both. No graph is made.
+    """
+    topic, dead, events = cluster.topic(), cluster.topic(), journey(10)
+    good = Warehouse(tmp_path).make()
+    good.put(events)
+    (tmp_path / "other").mkdir()
+    broken = Warehouse(tmp_path / "other")
+    write_files(tmp_path / "in", events, 1)
+    config = configure(
+        tmp_path,
+        f'[worker]\ndirectories = "{tmp_path}/in"\nrejects = "{tmp_path}/r"\n'
+        f'[[destinations]]\nname = "out"\nurl = "kafka://{cluster.servers}/{topic}"\n',
+    )
+    assert main(["worker", "--config", str(config), "--once", "--quiet"]) == 0
+    capsys.readouterr()
+    cluster.write(topic, {"no": "update"})
+    (tmp_path / "apply").mkdir()
+    port = free_port()
+    apply = configure(
+        tmp_path / "apply",
+        f'[worker]\nrejects = "{tmp_path}/apply/r"\nmetrics = "127.0.0.1:{port}"\n'
+        + kafka_table(cluster, topic, dead).replace("kafka", "updates", 1)
+        + "".join(
+            f'[[destinations]]\nname = "{name}"\nurl = "{each.url}"\n'
+            for name, each in (("good", good), ("broken", broken))
+        ),
+    )
+    broken.path.write_bytes(b"this is no database" * 100)
+    before, findings = found(apply, capsys)
+    with worker_of(apply) as worker:
+        wait_until(lambda: good.users() == expected(10))
+        wait_until(lambda: sum(cluster.committed(topic, f"g-{topic}-good").values()) == 11)
+        wait_until(lambda: metric(port, "recognition_delivered_failures_total", "broken") > 0)
+        assert cluster.committed(topic, f"g-{topic}-broken") == {}
+        broken.path.unlink()
+        broken.make().put(events)
+        wait_until(lambda: broken.users() == expected(10))
+        wait_until(lambda: sum(cluster.committed(topic, f"g-{topic}-broken").values()) == 11)
+        assert metric(port, "recognition_delivered_updates_total", "broken") == 10
+        assert metric(port, "recognition_lag_seconds_count", "good") == 10
+        worker.send_signal(signal.SIGTERM)
+        out, said = worker.communicate(timeout=60)
+    result = json.loads(out)
+    after, _ = found(apply, capsys)
+
+    assert worker.returncode == 1, said  # there are dead letters
+    assert (result["updates_applied"], result["dead_letters"], result["updates_waiting"]) == (
+        20, 2, 0,
+    )  # fmt: skip
+    assert [letter.value() for letter in cluster.read(dead, 2)] == [b'{"no": "update"}'] * 2
+    assert (before, after) == (1, 0)
+    assert f"destination good: topic {topic}: 4 partitions, 11 messages wait" in texts(
+        findings, "fine"
+    )
+    assert [text.split(":")[0] for text in texts(findings, "wrong") if dead not in text] == [
+        "destination broken"
+    ]
+    assert "UpdatesSource broken is started again" in said
+    assert "d7" not in said
+    assert "u7" not in said
+    assert not (tmp_path / "apply" / "graph.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "arguments", "told"),
+    [
+        ('directories = "in"\n', (), "takes events in, or applies the updates of topics"),
+        ("", ("--once",), "has no end and takes no events"),
+        ("", (), "needs destinations"),
+        ('[[destinations]]\nname = "w"\nurl = "kafka://x/y"\n', (), "w is a topic"),
+    ],
+)
+def test_worker_of_updates_that_cannot_be(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: str,
+    arguments: tuple[str, ...],
+    told: str,
+) -> None:
+    """What contradicts it is named, and nothing is opened."""
+    table = '[worker.updates]\nservers = "nowhere:1"\ntopics = "t"\n'
+    worker = f'[worker]\nrejects = "{tmp_path}/r"\n'
+    text = f"{worker}{more}{table}" if more.startswith("d") else f"{worker}{table}{more}"
+    config = configure(tmp_path, text)
+
+    assert main(["worker", "--config", str(config), *arguments]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "graph.db").exists()
+
+
 def test_topic_that_is_away_is_waited_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

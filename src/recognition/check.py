@@ -20,10 +20,11 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from recognition.attribution import DAY
 from recognition.config import Settings, hide_password
-from recognition.delivery import Channel
+from recognition.delivery import Channel, Destination
 from recognition.errors import ConfigurationError, RecognitionError
 from recognition.graph import Graph
 from recognition.messages import (
@@ -35,10 +36,13 @@ from recognition.messages import (
     UpdateByCriteria,
     decide_id,
 )
-from recognition.parts import Parts, open_kafka, read_keys
+from recognition.parts import Parts, UpdatesSource, open_kafka, open_updates, read_keys
 from recognition.planner import plan_updates
 from recognition.rules import Rules, Supersede
 from recognition.sinks import Sink
+
+if TYPE_CHECKING:
+    from recognition.kafka import KafkaSource
 
 #: An owner of this length has to fit: a UUID as text.
 _OWNER = "00000000-0000-4000-8000-recognition0"
@@ -84,7 +88,9 @@ def check(
     """
     rules = parts.rules
     tables: set[str] = set()
-    if graph is None:
+    if settings.worker.updates is not None:
+        yield _note("graph", "none is opened: a worker of updates decides nothing")
+    elif graph is None:
         yield _note("graph", f"there is none yet at {hide_password(settings.graph)}")
     else:
         try:
@@ -101,6 +107,10 @@ def check(
         place = f"destination {target.name}"
         try:
             with closing(target.open()) as sink:
+                if settings.worker.updates is not None:
+                    served = Destination(name=target.name, sink=sink)
+                    for source in open_updates(settings, environ, [served]):
+                        yield from _check_topics(place, source)
                 if isinstance(sink, Channel):
                     yield from _check_channel(place, sink)
                 else:
@@ -186,9 +196,7 @@ def _check_sources(settings: Settings, environ: Mapping[str, str]) -> Iterator[F
         yield from _check_directory(Path(name))
     if worker.kafka is not None:
         try:
-            for found in open_kafka(settings, environ).look():
-                level = Level.WRONG if found.wrong else Level.FINE
-                yield Finding(level=level, place="worker.kafka", text=found.text, fix=found.fix)
+            yield from _check_topics("worker.kafka", open_kafka(settings, environ))
         except RecognitionError as exc:
             yield _wrong("worker.kafka", str(exc))
     if worker.http is not None:
@@ -203,6 +211,12 @@ def _check_sources(settings: Settings, environ: Mapping[str, str]) -> Iterator[F
         host, _, port = worker.metrics.rpartition(":")
         fix = 'metrics = "127.0.0.1:9465"'
         yield from _check_port("worker.metrics", host, int(port), fix)
+
+
+def _check_topics(place: str, source: KafkaSource | UpdatesSource) -> Iterator[Finding]:
+    for found in source.look():
+        level = Level.WRONG if found.wrong else Level.FINE
+        yield Finding(level=level, place=place, text=found.text, fix=found.fix)
 
 
 def _check_directory(path: Path) -> Iterator[Finding]:

@@ -40,7 +40,7 @@ from recognition.config import (
     load_settings,
     render_reference,
 )
-from recognition.delivery import Deliverer, deliver
+from recognition.delivery import Deliverer, Destination, Served, deliver
 from recognition.demo import generate_events
 from recognition.errors import (
     ConfigurationError,
@@ -54,7 +54,7 @@ from recognition.graph import Explanation, Graph, initialise_graph, open_graph
 from recognition.identity import ANONYMOUS
 from recognition.layouts import LAYOUTS, Row
 from recognition.messages import VERSION_COLUMN, UpdateByCriteria, json_schema, read_updates
-from recognition.parts import Parts, bound_times, open_sources, read_parts
+from recognition.parts import Parts, bound_times, open_sources, open_updates, read_parts
 from recognition.planner import Plan, plan_updates
 from recognition.recognizer import Recognition, Recognizer
 from recognition.rules import Rules, Supersede
@@ -740,61 +740,27 @@ def _undo(arguments: argparse.Namespace, undo: Callable[[Recognizer], int]) -> i
 
 def _worker(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
-    parts, bots = read_parts(settings, os.environ), build_bots(settings)
+    parts = read_parts(settings, os.environ)
     stop = threading.Event()
+    graph: Graph | None = None
     with ExitStack() as stack:
         stack.enter_context(_logs_on_stderr(arguments))
         for off in parts.off:
             _log.info("%s: %s%s", off.place, off.text, f" ({off.fix})" if off.fix else "")
-        graph = stack.enter_context(closing(open_graph(settings.graph)))
         rejects = stack.enter_context(RejectsFile(settings.worker.rejects, append=True))
-        deliverer = _build_deliverer(settings, parts, graph, stack)
-        worker = Worker(
-            Recognizer(graph, parts.rules, bots=bots, remembers=parts.remembers),
-            [],
-            deliverer,
-            format=(format := bound_times(parts.format, settings)),
-            batch_size=settings.batch_size,
-            rejects=rejects,
-            expire=_expiry(settings, graph),
-        )
-        address = arguments.metrics or settings.worker.metrics
-        metrics = None
-        if address is not None:
-            from recognition.metrics import Metrics
-
-            metrics = Metrics(graph, worker, deliverer)
-            server = metrics.serve(address)
-            stack.callback(server.server_close)
-            stack.callback(server.shutdown)
-        worker.sources += open_sources(
-            settings,
-            os.environ,
-            worker,
-            graph,
-            format=format,
-            directories=arguments.directory or [Path(d) for d in settings.worker.directories],
-            once=arguments.once,
-            metrics=None if metrics is None else metrics.render,
-        )
-        if not worker.sources:
-            _say(arguments, "no source of events is set: updates that wait are delivered, no more")
-        if arguments.once and (settings.worker.kafka or settings.worker.http):
-            _say(arguments, "Kafka and HTTP have no end: with --once they are left alone")
-        if deliverer is None:
-            _say(arguments, "no destination is set: updates stay in the graph's outbox")
+        if settings.worker.updates is None:
+            graph = stack.enter_context(closing(open_graph(settings.graph)))
+            worker, served = _build_worker(arguments, settings, parts, graph, rejects, stack)
+        else:
+            worker, served = _build_applier(arguments, settings, parts, rejects, stack)
         with _stopped_by_signals(stop):
             worker.run(stop, once=arguments.once)
-        served = {} if deliverer is None else deliverer.served
-        unfilled = [name for name, filled in graph.destinations().items() if not filled]
-        pending = sum(graph.backlog(name).waiting for name in served)
-    letters = sum(
-        value
-        for source in worker.sources
-        for name, *_, values in getattr(source, "measures", list)()
-        if name == "kafka_dead"
-        for value in values.values()
-    )
+        unfilled: list[str] = []
+        pending = _sum_of(worker, "kafka_behind")
+        if graph is not None:
+            unfilled = [name for name, filled in graph.destinations().items() if not filled]
+            pending = sum(graph.backlog(name).waiting for name in served)
+    letters = _sum_of(worker, "kafka_dead")
     result: dict[str, object] = {
         **asdict(worker.taken),
         "dead_letters": letters,
@@ -825,23 +791,119 @@ def _worker(arguments: argparse.Namespace) -> int:
     return _REJECTED if refused else _DONE
 
 
-def _build_deliverer(
-    settings: Settings, parts: Parts, graph: Graph, stack: ExitStack
-) -> Deliverer | None:
-    """What serves the destinations of the settings; their sinks are closed by the stack."""
+def _sum_of(worker: Worker, name: str) -> int:
+    """Of one of the numbers that sources count themselves."""
+    return sum(
+        int(value)
+        for source in worker.sources
+        for one, *_, values in getattr(source, "measures", list)()
+        if one == name
+        for value in values.values()
+    )
+
+
+def _build_worker(
+    arguments: argparse.Namespace,
+    settings: Settings,
+    parts: Parts,
+    graph: Graph,
+    rejects: RejectsFile,
+    stack: ExitStack,
+) -> tuple[Worker, Mapping[str, Served]]:
+    """What takes events in, and serves the destinations; all is closed by the stack."""
+    destinations = _open_destinations(settings, parts, stack)
+    deliverer = None
+    if destinations:
+        deliverer = Deliverer(
+            graph,
+            destinations,
+            rules=parts.rules,
+            every=settings.delivery.every_seconds,
+            patience=settings.delivery.patience_hours * 3600,
+        )
+    worker = Worker(
+        Recognizer(graph, parts.rules, bots=build_bots(settings), remembers=parts.remembers),
+        [],
+        deliverer,
+        format=(format := bound_times(parts.format, settings)),
+        batch_size=settings.batch_size,
+        rejects=rejects,
+        expire=_expiry(settings, graph),
+    )
+    served = {} if deliverer is None else deliverer.served
+    worker.sources += open_sources(
+        settings,
+        os.environ,
+        worker,
+        graph,
+        format=format,
+        directories=arguments.directory or [Path(d) for d in settings.worker.directories],
+        once=arguments.once,
+        metrics=_serve_metrics(arguments, settings, graph, worker, served, stack),
+    )
+    if not worker.sources:
+        _say(arguments, "no source of events is set: updates that wait are delivered, no more")
+    if arguments.once and (settings.worker.kafka or settings.worker.http):
+        _say(arguments, "Kafka and HTTP have no end: with --once they are left alone")
+    if deliverer is None:
+        _say(arguments, "no destination is set: updates stay in the graph's outbox")
+    return worker, served
+
+
+def _build_applier(
+    arguments: argparse.Namespace,
+    settings: Settings,
+    parts: Parts,
+    rejects: RejectsFile,
+    stack: ExitStack,
+) -> tuple[Worker, Mapping[str, Served]]:
+    """What applies the updates of topics to the destinations; all is closed by the stack."""
+    if arguments.once or arguments.directory:
+        raise ConfigurationError(
+            "[worker.updates] has no end and takes no events: leave --once and --directory out."
+            " Nothing was written."
+        )
+    destinations = _open_destinations(settings, parts, stack)
+    if not destinations:
+        raise ConfigurationError(
+            "[worker.updates] needs destinations: [[destinations]], [bulker], or --sink URL."
+            " Nothing was written."
+        )
+    worker = Worker(None, [], None, rejects=rejects)
+    sources = list(open_updates(settings, os.environ, destinations, rejects=worker.reject))
+    worker.sources += sources
+    served = {source.name: source.consumer.served for source in sources}
+    _serve_metrics(arguments, settings, None, worker, served, stack)
+    return worker, served
+
+
+def _open_destinations(settings: Settings, parts: Parts, stack: ExitStack) -> list[Destination]:
     destinations = []
     for destination in parts.destinations(settings):
         stack.enter_context(closing(destination.sink))
         destinations.append(destination)
-    if not destinations:
+    return destinations
+
+
+def _serve_metrics(
+    arguments: argparse.Namespace,
+    settings: Settings,
+    graph: Graph | None,
+    worker: Worker,
+    served: Mapping[str, Served],
+    stack: ExitStack,
+) -> Callable[[], str] | None:
+    """Serve them where that is wanted; what renders them."""
+    address = arguments.metrics or settings.worker.metrics
+    if address is None:
         return None
-    return Deliverer(
-        graph,
-        destinations,
-        rules=parts.rules,
-        every=settings.delivery.every_seconds,
-        patience=settings.delivery.patience_hours * 3600,
-    )
+    from recognition.metrics import Metrics
+
+    metrics = Metrics(graph, worker, served)
+    server = metrics.serve(address)
+    stack.callback(server.server_close)
+    stack.callback(server.shutdown)
+    return metrics.render
 
 
 def _expiry(settings: Settings, graph: Graph) -> Callable[[], object] | None:
@@ -948,7 +1010,7 @@ def _check(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     parts = read_parts(settings, os.environ)
     with ExitStack() as stack:
-        graph = _open_existing(settings.graph)
+        graph = None if settings.worker.updates else _open_existing(settings.graph)
         if graph is not None:
             stack.enter_context(closing(graph))
         findings = list(check(settings, parts, graph, os.environ))

@@ -209,13 +209,23 @@ class DeliveryTable(_Table):
     """How long an update waits for a table or column that is missing before it is given up."""
 
 
-class KafkaTable(_Table):
-    """`[worker.kafka]`: topics that events are taken from."""
-
+class _TopicsTable(_Table):
     servers: Annotated[str, Field(min_length=1)]
     """The brokers that are asked first: `host:port`, several with commas."""
     topics: Annotated[Words, Field(min_length=1)]
     """Their names; one that begins with `^` is a regular expression."""
+    options: Annotated[
+        dict[str, str | int | float | bool], Field(repr=False), AfterValidator(_refuse_secrets)
+    ] = {}
+    """Options of librdkafka, such as `security.protocol`, `sasl.mechanism` and `sasl.username`."""
+    secrets: dict[str, Place] = {}
+    """Its options that are secret, such as `sasl.password`: where each of them is, `env:NAME` or
+    `file:PATH`."""
+
+
+class KafkaTable(_TopicsTable):
+    """`[worker.kafka]`: topics that events are taken from."""
+
     group: Annotated[str, Field(min_length=1)] = "recognition"
     """The consumer group. All workers of one graph share it."""
     inside: str | None = None
@@ -227,13 +237,20 @@ class KafkaTable(_Table):
     """How many messages are handed over at once, at most."""
     linger_seconds: Annotated[float, Field(ge=0.01, le=60)] = 0.5
     """How long a batch gathers."""
-    options: Annotated[
-        dict[str, str | int | float | bool], Field(repr=False), AfterValidator(_refuse_secrets)
-    ] = {}
-    """Options of librdkafka, such as `security.protocol`, `sasl.mechanism` and `sasl.username`."""
-    secrets: dict[str, Place] = {}
-    """Its options that are secret, such as `sasl.password`: where each of them is, `env:NAME` or
-    `file:PATH`."""
+
+
+class UpdatesTable(_TopicsTable):
+    """`[worker.updates]`: topics of updates, which others decided and this worker applies."""
+
+    group: Annotated[str, Field(min_length=1)] = "recognition"
+    """Each destination reads in a consumer group of its own: this, a hyphen, and its name."""
+    dead_letters: str | None = None
+    """The topic for messages that cannot be read or applied; it must exist. Unset: they go to
+    `rejects`."""
+    batch_size: Annotated[int, Field(ge=1, le=100_000)] = 10_000
+    """How many updates are applied in one window, at most."""
+    linger_seconds: Annotated[float, Field(ge=0.01, le=60)] = 1.0
+    """How long a window gathers."""
 
 
 class HttpTable(_Table):
@@ -264,6 +281,9 @@ class WorkerTable(_Table):
     """Directories of event files; a file that was taken goes to `done` inside."""
     kafka: KafkaTable | None = None
     """Topics that events are taken from, a table `[worker.kafka]`; unset: none."""
+    updates: UpdatesTable | None = None
+    """Topics of updates that this worker applies to its destinations, a table `[worker.updates]`.
+    Such a worker takes no events and opens no graph."""
     http: HttpTable | None = None
     """A port that events are posted to, a table `[worker.http]`; unset: none is opened."""
     rejects: str = "rejects.ndjson"
@@ -275,6 +295,15 @@ class WorkerTable(_Table):
     """An event whose time lies further back is rejected. 0: none is."""
     metrics: Annotated[str | None, Field(pattern=r".+:\d+")] = None
     """Where metrics are served to Prometheus, for example `127.0.0.1:9464`; unset: nowhere."""
+
+    @model_validator(mode="after")
+    def _decides_or_applies(self) -> Self:
+        if self.updates is not None and (self.directories or self.kafka or self.http):
+            raise ValueError(
+                "a worker takes events in, or applies the updates of topics: take out `updates`, or"
+                " directories, kafka and http"
+            )
+        return self
 
 
 class Settings(_Table):
@@ -680,6 +709,7 @@ def render_reference() -> str:
         ("`[delivery]`", DeliveryTable),
         ("`[worker]`", WorkerTable),
         ("`[worker.kafka]`", KafkaTable),
+        ("`[worker.updates]`", UpdatesTable),
         ("`[worker.http]`", HttpTable),
         ("`[[identifiers]]`", IdentifierTable),
         ("`[format]`", FormatTable),

@@ -214,6 +214,19 @@ class Served:
     unmatched: dict[str, Unmatched] = field(default_factory=dict)
     """By table, what is left of updates that were applied again after their rows had settled."""
 
+    def note_applied(self, applied: Applied) -> None:
+        """Count what a sink made of a plan."""
+        self.rows_matched += applied.rows_matched
+        self.rows_changed += applied.rows_changed
+        self.statements += applied.statements
+        self.last_applied = datetime.now(UTC)
+
+    def note_lag(self, update: UpdateByCriteria, now: datetime) -> None:
+        """Count how long ago an update was decided that was just applied for the first time."""
+        lag = max(0.0, (now - update.created_at).total_seconds())
+        self.lag_counts[bisect_left(LAG_BOUNDS, lag)] += 1
+        self.lag_sum += lag
+
 
 #: After so many failures in a row a destination is only asked again after a pause.
 CIRCUIT_OPENS = 3
@@ -490,10 +503,7 @@ class _Line:
                 told["statements"] = applied.statements
         finally:
             self.served.seconds += time.monotonic() - started
-        self.served.rows_matched += applied.rows_matched
-        self.served.rows_changed += applied.rows_changed
-        self.served.statements += applied.statements
-        self.served.last_applied = datetime.now(UTC)
+        self.served.note_applied(applied)
         if self._of._watch is not None:
             self._of._watch(self.destination.name, plan, applied)
         return plan, applied
@@ -581,9 +591,7 @@ class _Line:
                     self._report(update, rows)
         for item in leased:
             if not item.applied and item.update.id not in refused:
-                lag = max(0.0, (now - item.update.created_at).total_seconds())
-                self.served.lag_counts[bisect_left(LAG_BOUNDS, lag)] += 1
-                self.served.lag_sum += lag
+                self.served.note_lag(item.update, now)
         for attempts, positions in put_off.items():
             self._hold(positions, _delay(attempts, self._of._pauses[1]), applied=False)
         if held:

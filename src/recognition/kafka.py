@@ -26,8 +26,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, NamedTuple, TypeAlias
 
+from recognition.delivery import Served
 from recognition.errors import (
     ConfigurationError,
     EventError,
@@ -104,6 +106,8 @@ _MAX_REASON = 256
 class Counts:
     """What has happened since the consumer was made; by this process."""
 
+    #: The group that it reads in.
+    group: str = ""
     #: Messages that are done with, the dead ones included.
     messages: int = 0
     #: Messages that became dead letters, by what is wrong with them: a few short texts.
@@ -141,8 +145,11 @@ class Counts:
             "kafka_behind",
             "gauge",
             "Messages of Kafka that were not done with at the last batch.",
-            ("topic", "partition"),
-            {(topic, str(number)): n for (topic, number), n in list(self.behind.items())},
+            ("group", "topic", "partition"),
+            {
+                (self.group, topic, str(number)): n
+                for (topic, number), n in list(self.behind.items())
+            },
         )
 
 
@@ -211,7 +218,7 @@ class _Topics:
         self._refused: ck.KafkaError | None = None
         self._reassigned = False
         self._said: set[str] = set()
-        self.counts = Counts()
+        self.counts = Counts(group)
 
     def run(
         self, handle: Callable[[Sequence[Any]], Sequence[_Dead]], stop: threading.Event
@@ -669,7 +676,10 @@ class UpdatesConsumer:
         sink: Where to.
         dead_letters: The topic for what is no update, and for updates that the sink refuses: those
             of a table that is not there, too. Send them again when it is.
-        servers, topics, group, batch_size, linger, pauses, options: As of `KafkaSource`.
+        servers, topics, group, batch_size, linger, pauses, options, rejects: As of `KafkaSource`.
+
+    Attributes:
+        served: What the sink was given, as of a `recognition.delivery.Deliverer`.
 
     Raises:
         ConfigurationError: An option is wrong, or is decided here.
@@ -687,8 +697,10 @@ class UpdatesConsumer:
         linger: float = 1.0,
         pauses: tuple[float, float] = (1.0, 60.0),
         options: Options | None = None,
+        rejects: Callable[[Reject], object] | None = None,
     ) -> None:
         self._sink = sink
+        self.served = Served()
         self._topics = _Topics(
             servers,
             topics,
@@ -698,12 +710,21 @@ class UpdatesConsumer:
             linger=linger,
             pauses=pauses,
             options=options,
+            rejects=rejects,
         )
 
     @property
     def counts(self) -> Counts:
         """What has happened so far."""
         return self._topics.counts
+
+    def look(self, seconds: float = 10.0) -> list[Found]:
+        """As of `KafkaSource.look`."""
+        return self._topics.look(seconds)
+
+    def measures(self) -> Iterator[Measure]:
+        """The counts as metrics have them."""
+        return self.counts.measures()
 
     def run(self, stop: threading.Event) -> None:
         """
@@ -726,12 +747,37 @@ class UpdatesConsumer:
                 else:
                     updates.append(update)
                     messages_of.setdefault(update.id, []).append(message)
-            for update_id, error in self._apply(updates).items():
+            for update_id, error in self._serve(updates).items():
                 for message in messages_of[update_id]:
                     dead.append(_Dead(message, type(error).__name__, str(error)))
             return dead
 
         self._topics.run(handle, stop)
+
+    def _serve(self, updates: Sequence[UpdateByCriteria]) -> dict[str, RecognitionError]:
+        """Apply, and count what became of it."""
+        served = self.served
+        started = time.monotonic()
+        try:
+            refused = self._apply(updates)
+        except Exception as exc:
+            served.failures += 1
+            served.failing += 1
+            served.last_error = (
+                str(exc) if isinstance(exc, RecognitionError) else type(exc).__name__
+            )
+            raise
+        finally:
+            served.seconds += time.monotonic() - started
+        served.failing = 0
+        served.windows += bool(updates)
+        served.dead += len(refused)
+        now = datetime.now(UTC)
+        for update in updates:
+            if update.id not in refused:
+                served.updates += 1
+                served.note_lag(update, now)
+        return refused
 
     def _apply(self, updates: Sequence[UpdateByCriteria]) -> dict[str, RecognitionError]:
         """
@@ -752,7 +798,9 @@ class UpdatesConsumer:
             if not plan.steps:
                 continue
             try:
-                refused |= self._sink.apply(plan).rejected
+                done = self._sink.apply(plan)
+                self.served.note_applied(done)
+                refused |= done.rejected
                 applied = True
             except SinkError as exc:
                 if exc.retryable:

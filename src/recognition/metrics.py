@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
-from recognition.delivery import CIRCUIT_OPENS, LAG_BOUNDS, Deliverer
+from recognition.delivery import CIRCUIT_OPENS, LAG_BOUNDS, Served
 from recognition.errors import ConfigurationError, GraphError, MissingDependencyError
 from recognition.graph import Graph
 from recognition.worker import Worker
@@ -71,23 +71,23 @@ class Metrics:
     The metrics of one process.
 
     Args:
-        graph: Whose outbox.
+        graph: Whose outbox; ``None``: there is none.
         worker: What came in; ``None``: nothing does.
-        deliverer: What goes out; ``None``: nothing does.
+        served: What goes out, by destination, as `Deliverer.served` gives it.
         every: For how long an answer of the graph is used again, in seconds.
     """
 
     def __init__(
         self,
-        graph: Graph,
+        graph: Graph | None,
         worker: Worker | None,
-        deliverer: Deliverer | None,
+        served: Mapping[str, Served],
         *,
         every: float = 10.0,
     ) -> None:
         self._graph = graph
         self._worker = worker
-        self._deliverer = deliverer
+        self._served = served
         self._every = every
         self._lock = threading.Lock()
         self._asked = 0.0
@@ -113,11 +113,13 @@ class Metrics:
                 reasons.add_metric([reason], count)
             yield reasons
             yield from self._of_sources(self._worker.sources)
-        if self._deliverer is not None:
-            yield from self._delivered(self._deliverer)
+        if self._served:
+            yield from self._delivered(self._served)
+        if self._graph is None:
+            return
         with self._lock:
             if time.monotonic() - self._asked >= self._every or not self._backlogs:
-                self._backlogs = list(self._ask())
+                self._backlogs = list(self._ask(self._graph))
                 self._asked = time.monotonic()
             yield from self._backlogs
 
@@ -137,8 +139,7 @@ class Metrics:
                 family.add_metric(texts, value)
             yield family
 
-    def _delivered(self, deliverer: Deliverer) -> Iterator[Metric]:
-        served = deliverer.served
+    def _delivered(self, served: Mapping[str, Served]) -> Iterator[Metric]:
         for name, help in _SERVED.items():
             family = CounterMetricFamily(
                 f"recognition_delivered_{name}", help, labels=["destination"]
@@ -171,7 +172,7 @@ class Metrics:
             lag.add_metric([destination], list(zip(bounds, below, strict=True)), one.lag_sum)
         yield from (unmatched, circuit, lag)
 
-    def _ask(self) -> Iterator[Metric]:
+    def _ask(self, graph: Graph) -> Iterator[Metric]:
         up = GaugeMetricFamily("recognition_graph_up", "1 where the graph answers.")
         families = {
             name: GaugeMetricFamily(f"recognition_outbox_{name}", help, labels=["destination"])
@@ -183,8 +184,8 @@ class Metrics:
             )
         }
         try:
-            for name in self._graph.destinations() or [""]:
-                backlog = self._graph.backlog(name)
+            for name in graph.destinations() or [""]:
+                backlog = graph.backlog(name)
                 for key in ("waiting", "held", "dead"):
                     families[key].add_metric([name], getattr(backlog, key))
                 age = 0.0

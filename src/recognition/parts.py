@@ -9,6 +9,7 @@ settings want that source, and not else.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,7 +28,7 @@ from recognition.config import (
     with_identifiers,
 )
 from recognition.delivery import Channel, Destination
-from recognition.errors import ConfigurationError, GraphError
+from recognition.errors import ConfigurationError, GraphError, SinkError
 from recognition.events import Event, Format, Reject
 from recognition.graph import Graph
 from recognition.rules import Rules
@@ -36,7 +37,7 @@ from recognition.worker import Directory, Source, Worker
 
 if TYPE_CHECKING:
     from recognition.bulker import Stream
-    from recognition.kafka import KafkaSource
+    from recognition.kafka import KafkaSource, UpdatesConsumer
 
 _HOUR = DAY // 24
 
@@ -161,6 +162,18 @@ def read_parts(settings: Settings, environ: Mapping[str, str], *, stamps: bool =
 
 def _off(settings: Settings, targets: Sequence[Target]) -> Iterator[Off]:
     worker, settle = settings.worker, "settle_seconds = 600"
+    if worker.metrics is None:
+        yield Off(
+            place="worker", text="metrics are served nowhere", fix='metrics = "127.0.0.1:9464"'
+        )
+    if worker.updates is not None:
+        yield Off(
+            place="worker.updates",
+            text="no events are taken in, and updates are applied once: rows must come before them",
+        )
+        if worker.updates.dead_letters is None:
+            yield _no_letters("worker.updates", worker.rejects, "updates-dead")
+        return
     if not targets:
         yield Off(
             place="destinations", text="none is set: updates stay in the graph's outbox",
@@ -174,20 +187,12 @@ def _off(settings: Settings, targets: Sequence[Target]) -> Iterator[Off]:
             fix='[worker.kafka] servers = "kafka:9092" topics = "events"',
         )  # fmt: skip
     elif worker.kafka.dead_letters is None:
-        yield Off(
-            place="worker.kafka",
-            text=f"no topic of dead letters: they are added to {worker.rejects}",
-            fix='dead_letters = "events-dead"',
-        )
+        yield _no_letters("worker.kafka", worker.rejects, "events-dead")
     if worker.http is None:
         yield Off(
             place="worker", text="no port for events is opened",
             fix='[worker.http] keys = "env:WRITE_KEYS"',
         )  # fmt: skip
-    if worker.metrics is None:
-        yield Off(
-            place="worker", text="metrics are served nowhere", fix='metrics = "127.0.0.1:9464"'
-        )
     if not worker.future_hours:
         yield Off(
             place="worker", text="events from the future are taken", fix="future_hours = 24"
@@ -209,9 +214,16 @@ def _off(settings: Settings, targets: Sequence[Target]) -> Iterator[Off]:
             yield Off(place=f"destination {target.name}", text=note)
 
 
+def _no_letters(place: str, rejects: str, topic: str) -> Off:
+    return Off(
+        place=place,
+        text=f"no topic of dead letters: they are added to {rejects}",
+        fix=f'dead_letters = "{topic}"',
+    )
+
+
 def _target(settings: Settings, environ: Mapping[str, str], table: DestinationTable) -> Target:
-    secrets = {name: read_secret(place, environ) for name, place in table.secrets.items()}
-    options: dict[str, Any] = {**table.options, **secrets}
+    options: dict[str, Any] = {**table.options, **_read_secrets(table.secrets, environ)}
     settle = table.settle_seconds
     opening: Callable[[], Sink | Channel] = partial(open_sink, table.url, **options)
     if table.url.startswith("kafka:"):
@@ -417,7 +429,6 @@ def open_kafka(
 
     table = settings.worker.kafka
     assert table is not None
-    secrets = {name: read_secret(place, environ) for name, place in table.secrets.items()}
     return KafkaSource(
         table.servers,
         table.topics,
@@ -427,9 +438,75 @@ def open_kafka(
         dead_letters=table.dead_letters,
         batch_size=table.batch_size,
         linger=table.linger_seconds,
-        options={**table.options, **secrets},
+        options={**table.options, **_read_secrets(table.secrets, environ)},
         rejects=rejects,
     )
+
+
+class UpdatesSource:
+    """
+    The updates of topics, as a source of a worker: what one destination does not take holds no
+    other up, and is tried again, with pauses, until somebody has mended it.
+    """
+
+    def __init__(self, name: str, consumer: UpdatesConsumer) -> None:
+        self.name = name
+        self.consumer = consumer
+        self.measures = consumer.measures
+        self.look = consumer.look
+
+    def run(self, take: object, stop: threading.Event) -> None:
+        """See `recognition.worker.Source`; no events are taken."""
+        del take
+        try:
+            self.consumer.run(stop)
+        except SinkError as exc:
+            raise SinkError(f"destination {self.name}: {exc}", retryable=True) from exc
+
+
+def open_updates(
+    settings: Settings,
+    environ: Mapping[str, str],
+    destinations: Iterable[Destination],
+    *,
+    rejects: Callable[[Reject], object] | None = None,
+) -> Iterator[UpdatesSource]:
+    """
+    A source of `[worker.updates]`, which must be there, for each of the destinations.
+
+    Raises:
+        ConfigurationError: A destination is a topic itself, or a secret is not there.
+        MissingDependencyError: A driver is not installed.
+    """
+    from recognition.kafka import UpdatesConsumer
+
+    table = settings.worker.updates
+    assert table is not None
+    options = {**table.options, **_read_secrets(table.secrets, environ)}
+    for destination in destinations:
+        if isinstance(destination.sink, Channel):
+            raise ConfigurationError(
+                f"destination {destination.name} is a topic: a worker of updates applies them to"
+                " databases"
+            )
+        yield UpdatesSource(
+            destination.name,
+            UpdatesConsumer(
+                table.servers,
+                table.topics,
+                f"{table.group}-{destination.name}",
+                destination.sink,
+                dead_letters=table.dead_letters,
+                batch_size=table.batch_size,
+                linger=table.linger_seconds,
+                options=options,
+                rejects=rejects,
+            ),
+        )
+
+
+def _read_secrets(places: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: read_secret(place, environ) for name, place in places.items()}
 
 
 def read_keys(place: str, environ: Mapping[str, str]) -> list[str]:

@@ -90,7 +90,8 @@ class Worker:
     Sources on one side, a deliverer on the other, a recognizer between them.
 
     Args:
-        recognizer: Decides; its graph must be safe for several threads.
+        recognizer: Decides; its graph must be safe for several threads. ``None``: its sources hand
+            over no events.
         sources: Each gets a thread. Without any, the worker only delivers.
         deliverer: Without one, updates stay in the outbox.
         format: How events are written, as for `parse_event`.
@@ -102,7 +103,7 @@ class Worker:
 
     def __init__(
         self,
-        recognizer: Recognizer,
+        recognizer: Recognizer | None,
         sources: Sequence[Source],
         deliverer: Deliverer | None,
         *,
@@ -133,6 +134,8 @@ class Worker:
         Raises:
             GraphError: Batches before may be in the graph. The same call again is safe.
         """
+        if self._recognizer is None:
+            raise ConfigurationError("this worker takes no events in. Nothing was written.")
         read: list[Event] = []
         rejects: list[Reject] = []
         for position, body in enumerate(events):
@@ -189,7 +192,7 @@ class Worker:
             Exception: What the source raised that cannot go on.
         """
         threads = [
-            threading.Thread(target=self._feed, args=(source, stop), name=type(source).__name__)
+            threading.Thread(target=self._feed, args=(source, stop), name=_name(source))
             for source in self.sources
         ]
         if self._deliverer is not None:
@@ -239,7 +242,7 @@ class Worker:
         """Run a source to its end; start it again where that helps."""
         first, longest = self._pauses
         pause = first
-        name = type(source).__name__
+        name = _name(source)
         while not stop.is_set():
             before = self.taken.events
             try:
@@ -259,6 +262,11 @@ class Worker:
                     self.taken.restarts += 1
             stop.wait(pause * random.uniform(0.5, 1.0))
             pause = min(longest, 2 * pause)
+
+
+def _name(source: Source) -> str:
+    """In logs: of what sort it is, and its own name where it has one."""
+    return " ".join(filter(None, (type(source).__name__, getattr(source, "name", ""))))
 
 
 def _raw(body: object) -> bytes:
