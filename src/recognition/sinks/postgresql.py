@@ -367,10 +367,10 @@ class PostgresqlSink(PostgresLikeSink):
         lists: Sequence[Sequence[Any]],
     ) -> None:
         """
-        By ``COPY`` in its binary form, then its statistics.
+        By ``COPY`` in its binary form, then an index for each column of ``=``, then its statistics.
 
-        10,000 rows of 5 columns take 20 ms, by INSERTs of many rows 600. Without statistics the
-        planner takes a stage for small, and its joins for short.
+        10,000 rows of 5 columns take 20 ms, by INSERTs of many rows 600; an index of them, 5 ms.
+        Without statistics the planner takes a stage for small, and its joins for short.
         """
         wire = [_wire(column) for column in columns]
         converted = [
@@ -392,6 +392,13 @@ class PostgresqlSink(PostgresLikeSink):
             raise sa.exc.DBAPIError(
                 "COPY", None, exc, hide_parameters=True, connection_invalidated=driver.closed
             ) from exc
+        # Of a table without statistics, or of times that are younger than they are, the planner
+        # expects one row, and goes through the stage for each that is there.
+        for column in columns:
+            like = column.like
+            if column.name.startswith("equal_") and like is not None and like.kind != "other":
+                by = f"{self._quote(name)} USING hash ({column.name})"
+                transaction.execute_text(f"CREATE INDEX ON {by}")
         # By these rows are joined; of other columns the planner makes no use.
         joined = [c.name for c in columns if c.name.startswith("equal_") or c.name == "workspace"]
         listed = f" ({', '.join(joined)})" if joined else ""

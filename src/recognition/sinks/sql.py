@@ -109,8 +109,8 @@ LEDGER = sa.Table(
     sa.Column("sequence", sa.BigInteger, nullable=False),
     sa.Column("applied_at", sa.BigInteger, nullable=False),
 )
-# The key first: SQLite takes an equal table and column, of which it has no statistics, for ten rows,
-# begins with these, which are all, and goes through the stage for each of them.
+# The key first: SQLite takes an equal table and column, of which it has no statistics, for ten
+# rows, begins with these, which are all, and goes through the stage for each of them.
 _LEDGER_INDEX = sa.Index(
     "recognition_ledger_key", LEDGER.c.key_value, LEDGER.c.key_column, LEDGER.c.table_name
 )
