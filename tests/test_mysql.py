@@ -191,6 +191,49 @@ def _explained(sink: MysqlSink, how: str = "EXPLAIN") -> Iterator[list[dict[str,
     "declared",
     [
         "VARCHAR(64) CHARACTER SET latin1",
+        "TINYTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin",
+        "LONGTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_general_ci",
+        "CHAR(36) CHARACTER SET ascii",
+        "BIGINT",
+        "UUID",
+    ],
+)
+def test_a_stage_is_not_gone_through_for_each_row(
+    database: Database, opened: Opened, declared: str
+) -> None:
+    """Without an index on the device: 500 updates of 30,000 rows took 13 s."""
+    database.run(
+        f"CREATE TABLE events (anonymous_id {declared}, user_id TEXT, timestamp DATETIME(6))"
+    )
+    with database.server.connect(database.name) as connection, connection.cursor() as cursor:
+        keys: list[Any] = [f"00000000-0000-0000-0000-{n:012}" for n in range(500)]
+        keys = [*range(500)] if declared == "BIGINT" else keys
+        rows = [(keys[n % 500], _plain(at(n))) for n in range(4_000)]
+        cursor.executemany("INSERT INTO events VALUES (%s, NULL, %s)", rows)
+    sink = opened()
+
+    with _explained(sink) as found:
+        applied = apply(
+            sink,
+            *(
+                update(
+                    n, {"user_id": "u"}, Equals(column="anonymous_id", value=key), between(0, 9e9)
+                )
+                for n, key in enumerate(keys[:200])
+            ),
+        )
+
+    assert applied.rows_changed == 200 * 8
+    assert [(each["table"], each["key"]) for each in found] == [
+        ("events", None),
+        (found[1]["table"], "equal_0"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        "VARCHAR(64) CHARACTER SET latin1",
         "VARCHAR(64) CHARACTER SET utf8mb4 COLLATE utf8mb4_general_ci",
         "VARCHAR(64) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin",
         "CHAR(36) CHARACTER SET ascii",

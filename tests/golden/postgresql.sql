@@ -4,6 +4,7 @@ SELECT pg_advisory_xact_lock(%s::int, (%s::bigint - 2147483648)::int), has_any_c
 CREATE TEMPORARY TABLE recognition_stage_030cbb4e AS SELECT CAST(NULL AS TEXT) AS update_id, CAST(NULL AS BIGINT) AS sequence, CAST(NULL AS TEXT) AS workspace, CAST(NULL AS BIGINT) AS position, CAST(NULL AS TEXT) AS extras, events.anonymous_id AS equal_0, CAST(NULL AS TIMESTAMP WITH TIME ZONE) AS start_0, CAST(NULL AS TIMESTAMP WITH TIME ZONE) AS end_0, CAST(NULL AS BIGINT) AS starts_0, CAST(NULL AS BIGINT) AS ends_0, events.context_traits_email AS value_0, events.user_id AS value_1 
 FROM events 
 WHERE 1 = 0;
+CREATE INDEX ON recognition_stage_030cbb4e USING hash (equal_0);
 ANALYZE recognition_stage_030cbb4e (workspace, equal_0);
 SELECT recognition_stage_030cbb4e.position, recognition_ledger.sequence, recognition_ledger.update_id, recognition_ledger.columns, recognition_ledger.empty, recognition_ledger.message_column, recognition_ledger.message_id, recognition_ledger.extras, recognition_ledger.time_column, recognition_ledger.starts, recognition_ledger.ends 
 FROM recognition_stage_030cbb4e JOIN recognition_ledger ON recognition_ledger.table_name = %(table_name_1)s::VARCHAR AND recognition_ledger.key_column = %(key_column_1)s::VARCHAR AND recognition_ledger.key_value = recognition_stage_030cbb4e.equal_0 AND recognition_ledger.workspace = recognition_stage_030cbb4e.workspace AND recognition_ledger.sequence >= recognition_stage_030cbb4e.sequence ORDER BY recognition_stage_030cbb4e.position, recognition_ledger.sequence, recognition_ledger.update_id, recognition_ledger.starts;
@@ -24,6 +25,7 @@ SELECT pg_advisory_xact_lock(%s::int, (%s::bigint - 2147483648)::int), has_any_c
 CREATE TEMPORARY TABLE recognition_stage_25c95e93 AS SELECT CAST(NULL AS TEXT) AS update_id, CAST(NULL AS BIGINT) AS sequence, events.anonymous_id AS equal_0, CAST(NULL AS TIMESTAMP WITH TIME ZONE) AS start_0, CAST(NULL AS TIMESTAMP WITH TIME ZONE) AS end_0, CAST(NULL AS BIGINT) AS starts_0, CAST(NULL AS BIGINT) AS ends_0, events.context_traits_email AS value_0, events.user_id AS value_2 
 FROM events 
 WHERE 1 = 0;
+CREATE INDEX ON recognition_stage_25c95e93 USING hash (equal_0);
 ANALYZE recognition_stage_25c95e93 (equal_0);
 UPDATE events SET user_id=recognition_stage_25c95e93.value_2, context_traits_email=recognition_stage_25c95e93.value_0, recognition_version=recognition_stage_25c95e93.sequence FROM recognition_stage_25c95e93 WHERE events.anonymous_id = recognition_stage_25c95e93.equal_0 AND events.timestamp >= recognition_stage_25c95e93.start_0 AND events.timestamp < recognition_stage_25c95e93.end_0 AND (events.recognition_version IS NULL OR events.recognition_version < recognition_stage_25c95e93.sequence OR events.recognition_version = recognition_stage_25c95e93.sequence AND (events.context_traits_email IS DISTINCT FROM recognition_stage_25c95e93.value_0 OR events.user_id IS DISTINCT FROM recognition_stage_25c95e93.value_2)) AND (events.user_id IS NULL OR events.recognition_version IS NOT NULL) AND events.timestamp >= %(param_1)s::TIMESTAMP WITH TIME ZONE AND events.timestamp < %(param_2)s::TIMESTAMP WITH TIME ZONE;
 SELECT recognition_stage_25c95e93.update_id, count(*) AS rows 
@@ -37,6 +39,7 @@ SELECT pg_advisory_xact_lock(%s::int, (%s::bigint - 2147483648)::int), has_any_c
 CREATE TEMPORARY TABLE recognition_stage_41e62109 AS SELECT CAST(NULL AS TEXT) AS update_id, CAST(NULL AS BIGINT) AS sequence, CAST(NULL AS TEXT) AS workspace, CAST(NULL AS BIGINT) AS position, CAST(NULL AS TEXT) AS extras, events.anonymous_id AS equal_0, events.stitched_user_id AS value_0 
 FROM events 
 WHERE 1 = 0;
+CREATE INDEX ON recognition_stage_41e62109 USING hash (equal_0);
 ANALYZE recognition_stage_41e62109 (workspace, equal_0);
 SELECT recognition_stage_41e62109.position, recognition_ledger.sequence, recognition_ledger.update_id, recognition_ledger.columns, recognition_ledger.empty, recognition_ledger.message_column, recognition_ledger.message_id, recognition_ledger.extras, recognition_ledger.time_column, recognition_ledger.starts, recognition_ledger.ends 
 FROM recognition_stage_41e62109 JOIN recognition_ledger ON recognition_ledger.table_name = %(table_name_1)s::VARCHAR AND recognition_ledger.key_column = %(key_column_1)s::VARCHAR AND recognition_ledger.key_value = recognition_stage_41e62109.equal_0 AND recognition_ledger.workspace = recognition_stage_41e62109.workspace AND recognition_ledger.sequence >= recognition_stage_41e62109.sequence ORDER BY recognition_stage_41e62109.position, recognition_ledger.sequence, recognition_ledger.update_id, recognition_ledger.starts;
@@ -57,6 +60,8 @@ SELECT pg_advisory_xact_lock(%s::int, (%s::bigint - 2147483648)::int), has_any_c
 CREATE TEMPORARY TABLE recognition_stage_f0271362 AS SELECT CAST(NULL AS TEXT) AS update_id, CAST(NULL AS BIGINT) AS sequence, CAST(NULL AS TEXT) AS workspace, CAST(NULL AS BIGINT) AS position, CAST(NULL AS TEXT) AS extras, events.anonymous_id AS equal_0, events.message_id AS equal_1, events.stitched_user_id AS value_0 
 FROM events 
 WHERE 1 = 0;
+CREATE INDEX ON recognition_stage_f0271362 USING hash (equal_0);
+CREATE INDEX ON recognition_stage_f0271362 USING hash (equal_1);
 ANALYZE recognition_stage_f0271362 (workspace, equal_0, equal_1);
 SELECT recognition_stage_f0271362.position, recognition_ledger.sequence, recognition_ledger.update_id, recognition_ledger.columns, recognition_ledger.empty, recognition_ledger.message_column, recognition_ledger.message_id, recognition_ledger.extras, recognition_ledger.time_column, recognition_ledger.starts, recognition_ledger.ends 
 FROM recognition_stage_f0271362 JOIN recognition_ledger ON recognition_ledger.table_name = %(table_name_1)s::VARCHAR AND recognition_ledger.key_column = %(key_column_1)s::VARCHAR AND recognition_ledger.key_value = recognition_stage_f0271362.equal_0 AND recognition_ledger.workspace = recognition_stage_f0271362.workspace AND recognition_ledger.sequence >= recognition_stage_f0271362.sequence ORDER BY recognition_stage_f0271362.position, recognition_ledger.sequence, recognition_ledger.update_id, recognition_ledger.starts;
@@ -77,12 +82,14 @@ SELECT pg_advisory_xact_lock(%s::int, (%s::bigint - 2147483648)::int), has_any_c
 CREATE TEMPORARY TABLE recognition_stage_e8cba12a AS SELECT CAST(NULL AS TEXT) AS update_id, CAST(NULL AS BIGINT) AS sequence, CAST(NULL AS TEXT) AS workspace, CAST(NULL AS BIGINT) AS position, CAST(NULL AS TEXT) AS extras, events.anonymous_id AS equal_0, CAST(NULL AS TIMESTAMP WITH TIME ZONE) AS start_0, CAST(NULL AS TIMESTAMP WITH TIME ZONE) AS end_0, CAST(NULL AS BIGINT) AS starts_0, CAST(NULL AS BIGINT) AS ends_0, events.stitched_user_id AS value_0 
 FROM events 
 WHERE 1 = 0;
+CREATE INDEX ON recognition_stage_e8cba12a USING hash (equal_0);
 ANALYZE recognition_stage_e8cba12a (workspace, equal_0);
 SELECT recognition_stage_e8cba12a.position, recognition_ledger.sequence, recognition_ledger.update_id, recognition_ledger.columns, recognition_ledger.empty, recognition_ledger.message_column, recognition_ledger.message_id, recognition_ledger.extras, recognition_ledger.time_column, recognition_ledger.starts, recognition_ledger.ends 
 FROM recognition_stage_e8cba12a JOIN recognition_ledger ON recognition_ledger.table_name = %(table_name_1)s::VARCHAR AND recognition_ledger.key_column = %(key_column_1)s::VARCHAR AND recognition_ledger.key_value = recognition_stage_e8cba12a.equal_0 AND recognition_ledger.workspace = recognition_stage_e8cba12a.workspace AND recognition_ledger.sequence >= recognition_stage_e8cba12a.sequence ORDER BY recognition_stage_e8cba12a.position, recognition_ledger.sequence, recognition_ledger.update_id, recognition_ledger.starts;
 CREATE TEMPORARY TABLE recognition_stage_e8cba12a_1 AS SELECT CAST(NULL AS TEXT) AS update_id, CAST(NULL AS BIGINT) AS sequence, CAST(NULL AS TEXT) AS workspace, CAST(NULL AS BIGINT) AS position, CAST(NULL AS TEXT) AS extras, events.anonymous_id AS equal_0, CAST(NULL AS TIMESTAMP WITH TIME ZONE) AS start_0, CAST(NULL AS TIMESTAMP WITH TIME ZONE) AS end_0, CAST(NULL AS BIGINT) AS starts_0, CAST(NULL AS BIGINT) AS ends_0, events.stitched_user_id AS value_0 
 FROM events 
 WHERE 1 = 0;
+CREATE INDEX ON recognition_stage_e8cba12a_1 USING hash (equal_0);
 ANALYZE recognition_stage_e8cba12a_1 (workspace, equal_0);
 UPDATE events SET stitched_user_id=recognition_stage_e8cba12a_1.value_0 FROM recognition_stage_e8cba12a_1 WHERE events.anonymous_id = recognition_stage_e8cba12a_1.equal_0 AND events.timestamp >= recognition_stage_e8cba12a_1.start_0 AND events.timestamp < recognition_stage_e8cba12a_1.end_0 AND events.stitched_user_id IS DISTINCT FROM recognition_stage_e8cba12a_1.value_0 AND events.timestamp >= %(param_1)s::TIMESTAMP WITH TIME ZONE AND events.timestamp < %(param_2)s::TIMESTAMP WITH TIME ZONE AND NOT (EXISTS (SELECT 1 
 FROM recognition_ledger 
@@ -104,6 +111,7 @@ SELECT pg_advisory_xact_lock(%s::int, (%s::bigint - 2147483648)::int), has_any_c
 CREATE TEMPORARY TABLE recognition_stage_030cbb4e AS SELECT CAST(NULL AS TEXT) AS update_id, CAST(NULL AS BIGINT) AS sequence, CAST(NULL AS TEXT) AS workspace, CAST(NULL AS BIGINT) AS position, CAST(NULL AS TEXT) AS extras, events.anonymous_id AS equal_0, CAST(NULL AS TIMESTAMP WITH TIME ZONE) AS start_0, CAST(NULL AS TIMESTAMP WITH TIME ZONE) AS end_0, CAST(NULL AS BIGINT) AS starts_0, CAST(NULL AS BIGINT) AS ends_0, events.context_traits_email AS value_0, events.user_id AS value_1 
 FROM events 
 WHERE 1 = 0;
+CREATE INDEX ON recognition_stage_030cbb4e USING hash (equal_0);
 ANALYZE recognition_stage_030cbb4e (workspace, equal_0);
 SELECT recognition_stage_030cbb4e.position, recognition_ledger.sequence, recognition_ledger.update_id, recognition_ledger.columns, recognition_ledger.empty, recognition_ledger.message_column, recognition_ledger.message_id, recognition_ledger.extras, recognition_ledger.time_column, recognition_ledger.starts, recognition_ledger.ends 
 FROM recognition_stage_030cbb4e JOIN recognition_ledger ON recognition_ledger.table_name = %(table_name_1)s::VARCHAR AND recognition_ledger.key_column = %(key_column_1)s::VARCHAR AND recognition_ledger.key_value = recognition_stage_030cbb4e.equal_0 AND recognition_ledger.workspace = recognition_stage_030cbb4e.workspace AND recognition_ledger.sequence >= recognition_stage_030cbb4e.sequence ORDER BY recognition_stage_030cbb4e.position, recognition_ledger.sequence, recognition_ledger.update_id, recognition_ledger.starts;
@@ -118,6 +126,7 @@ SELECT pg_advisory_xact_lock(%s::int, (%s::bigint - 2147483648)::int), has_any_c
 CREATE TEMPORARY TABLE recognition_stage_89103d2e AS SELECT CAST(NULL AS TEXT) AS update_id, CAST(NULL AS BIGINT) AS sequence, events.user_id AS equal_0, events.user_id AS value_1 
 FROM events 
 WHERE 1 = 0;
+CREATE INDEX ON recognition_stage_89103d2e USING hash (equal_0);
 ANALYZE recognition_stage_89103d2e (equal_0);
 UPDATE events SET user_id=recognition_stage_89103d2e.value_1, recognition_version=recognition_stage_89103d2e.sequence FROM recognition_stage_89103d2e WHERE events.user_id = recognition_stage_89103d2e.equal_0 AND (events.recognition_version IS NULL OR events.recognition_version < recognition_stage_89103d2e.sequence OR events.recognition_version = recognition_stage_89103d2e.sequence AND events.user_id IS DISTINCT FROM recognition_stage_89103d2e.value_1) AND (events.user_id IS NULL OR events.recognition_version IS NOT NULL);
 DROP TABLE recognition_stage_89103d2e;

@@ -108,6 +108,10 @@ _NAMES = ("mysql", "mariadb")
 # https://dev.mysql.com/doc/refman/8.0/en/packet-too-large.html
 _PAGE_BYTES = 1_000_000
 
+#: Characters of each text in the index of a stage; four of them are in any server's limit of 3,072
+#: bytes (https://dev.mysql.com/doc/refman/8.0/en/innodb-limits.html).
+_KEY = 191
+
 # MariaDB's and MySQL's numbers: https://mariadb.com/kb/en/mariadb-error-code-reference/
 _AWAY = {1040, 1047, 1053, 1129, 1152, 1158, 1159, 1160, 1161, 1184, 1203, 1226, 1317, 1927}
 _AWAY |= {2002, 2003, 2006, 2013, 2055, 3169, 4031}
@@ -375,10 +379,15 @@ class MysqlSink(SqlSink):
         A temporary table of columns that are declared one by one.
 
         ``CREATE TABLE .. AS SELECT`` would clone NOT NULL and defaults too, and make a text of
-        nothing a ``CHAR(0)``.
+        nothing a ``CHAR(0)``. The index is for a target without one: there is no hash join before
+        MySQL 8.0.18, and all of the stage was gone through for each row.
         """
         transaction.stages.append(name)
-        declared = ", ".join(f"{column.name} {self._stage_type(column)}" for column in columns)
+        parts = [f"{column.name} {self._stage_type(column)}" for column in columns]
+        keys = [key for column in columns if (key := _to_key(column))]
+        if keys:
+            parts.append(f"INDEX ({', '.join(keys[:4])})")
+        declared = ", ".join(parts)
         # A transaction that was rolled back has left it: DDL of temporary tables is no part of one.
         left = transaction.connection.info.setdefault("recognition_stages", set())
         if name in left:
@@ -705,6 +714,16 @@ def _execute(cursor: Any, statement: str, parameters: Any, _: object) -> bool:
     """So that the list of processes and the log of slow queries say who it is."""
     cursor.execute(f"{statement} /* recognition */", parameters)
     return True
+
+
+def _to_key(column: StageColumn) -> str:
+    """How the stage's index has it; empty: it is none of those by which rows are found."""
+    like = column.like
+    if like is None or not column.name.startswith("equal_") or like.kind == "other":
+        return ""
+    if like.kind != "text":
+        return column.name
+    return f"{column.name}({min(like.width or _KEY, _KEY)})"
 
 
 def _is_mariadb(connection: sa.Connection) -> bool:
