@@ -6,6 +6,9 @@ that the connection can be cut and mended while the broker keeps what it has::
 
     with Broker() as broker:
         broker.servers
+
+The proxy speaks TLS and asks for a password where it is told to, as Kafka's listener ``SASL_SSL``
+does (mechanism PLAIN): this broker itself does neither as one can use it.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import contextlib
 import os
 import select
 import socket
+import ssl
+import struct
 import subprocess
 import tempfile
 import threading
@@ -46,14 +51,41 @@ def find_binary() -> Path:
 
 
 class Broker:
-    """A broker of the test's own; ended with the test, by its process id."""
+    """
+    A broker of the test's own; ended with the test, by its process id.
 
-    def __init__(self) -> None:
+    Args:
+        tls: The certificate of ``localhost`` that is shown, in a file with its key.
+        credentials: The user and the password that whoever comes must name.
+    """
+
+    def __init__(
+        self, *, tls: Path | None = None, credentials: tuple[str, str] | None = None
+    ) -> None:
         binary = find_binary()
+        self._context = None
+        if tls is not None:
+            self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._context.load_cert_chain(tls)
+        self._credentials = credentials
+        self.options: dict[str, str | int | float | bool] = {}
+        if tls is not None or credentials is not None:
+            self.options["security.protocol"] = "_".join(
+                name
+                for name, wanted in (("sasl", credentials), ("ssl", tls), ("plaintext", not tls))
+                if wanted
+            )
+        if tls is not None:
+            self.options["ssl.ca.location"] = str(tls)
+        if credentials is not None:
+            self.options["sasl.mechanism"] = "PLAIN"
+            self.options["sasl.username"] = credentials[0]
+        secret = {} if credentials is None else {"sasl.password": credentials[1]}
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self._port = probe.getsockname()[1]
         self._proxy = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.servers = f"127.0.0.1:{self._proxy.getsockname()[1]}"
+        host = "127.0.0.1" if tls is None else "localhost"
+        self.servers = f"{host}:{self._proxy.getsockname()[1]}"
         self._open = threading.Event()
         self._open.set()
         self._ended = False
@@ -74,7 +106,9 @@ class Broker:
         )
         self._accepting = threading.Thread(target=self._accept)
         self._accepting.start()
-        self.admin = AdminClient({"bootstrap.servers": self.servers, "log_level": 0})
+        self.admin = AdminClient(
+            {"bootstrap.servers": self.servers, "log_level": 0, **self.options, **secret}
+        )
         self._await_start()
 
     def _await_start(self) -> None:
@@ -132,12 +166,47 @@ class Broker:
 
     def _pump(self, client: socket.socket, server: socket.socket) -> None:
         with client, server, contextlib.suppress(OSError):
-            while True:
-                for source in select.select([client, server], [], [])[0]:
-                    data = source.recv(65_536)
-                    if not data:
-                        return
-                    (server if source is client else client).sendall(data)
+            if self._context is not None:
+                client = self._context.wrap_socket(client, server_side=True)
+            with client:
+                if self._credentials is not None and not self._let_in(client, server):
+                    return
+                while True:
+                    for source in select.select([client, server], [], [])[0]:
+                        data = source.recv(65_536)
+                        # What was deciphered already no `select` will tell.
+                        while isinstance(source, ssl.SSLSocket) and source.pending():
+                            data += source.recv(source.pending())
+                        if not data:
+                            return
+                        (server if source is client else client).sendall(data)
+
+    def _let_in(self, client: socket.socket, server: socket.socket) -> bool:
+        """
+        Whether who comes names the right password, before anything else but the versions.
+
+        https://kafka.apache.org/protocol#sasl_handshake; 33 and 58 are errors of the list there.
+        """
+        while True:
+            frame = _receive(client)
+            key, version, correlation, length = struct.unpack_from(">hhih", frame)
+            body = frame[10 + max(0, length) :]
+            if key == 18:  # ApiVersions
+                _send(server, frame)
+                _send(client, _receive(server))
+            elif key == 17:  # SaslHandshake
+                mechanism = body[2:].decode()
+                error = 0 if mechanism == "PLAIN" else 33
+                _send(client, struct.pack(">ihih5s", correlation, error, 1, 5, b"PLAIN"))
+            elif key == 36:  # SaslAuthenticate
+                _, user, password = body[4:].decode().split("\0")
+                right = (user, password) == self._credentials
+                answer = struct.pack(">ihhi", correlation, 0 if right else 58, -1, 0)
+                _send(client, answer + (struct.pack(">q", 0) if version else b""))
+                if right:
+                    return True
+            else:
+                return False
 
     def tail(self) -> str:
         """The end of the broker's log."""
@@ -163,3 +232,23 @@ class Broker:
 
     def __exit__(self, *error: object) -> None:
         self.stop()
+
+
+def _receive(peer: socket.socket) -> bytes:
+    """One request or answer, without its length."""
+    (length,) = struct.unpack(">i", _receive_bytes(peer, 4))
+    return _receive_bytes(peer, length)
+
+
+def _receive_bytes(peer: socket.socket, count: int) -> bytes:
+    found = b""
+    while len(found) < count:
+        data = peer.recv(count - len(found))
+        if not data:
+            raise OSError("the peer has gone")
+        found += data
+    return found
+
+
+def _send(peer: socket.socket, frame: bytes) -> None:
+    peer.sendall(struct.pack(">i", len(frame)) + frame)

@@ -49,10 +49,11 @@ SOURCES = Path(__file__).parents[1] / "src"
 class Cluster:
     """Where topics are; each test names its own."""
 
-    def __init__(self, servers: str, broker: Broker | None) -> None:
+    def __init__(self, servers: str, broker: Broker | None, **options: Any) -> None:
         self.servers = servers
         self.broker = broker
-        self._producer = ck.Producer({"bootstrap.servers": servers, **_QUICK})
+        self._options = {"bootstrap.servers": servers, **_QUICK, **options}
+        self._producer = ck.Producer(self._options)
 
     def topic(self, partitions: int = 1) -> str:
         """A new topic; librdkafka's own cluster makes it with four partitions when first asked."""
@@ -78,7 +79,7 @@ class Cluster:
 
     def read(self, topic: str, count: int, seconds: float = 30.0) -> list[Any]:
         """The first messages of all partitions of a topic."""
-        consumer = ck.Consumer({"bootstrap.servers": self.servers, "group.id": "reader", **_QUICK})
+        consumer = ck.Consumer({**self._options, "group.id": "reader"})
         try:
             known = consumer.list_topics(topic, timeout=10).topics[topic].partitions
             consumer.assign([ck.TopicPartition(topic, each, 0) for each in known])
@@ -92,7 +93,7 @@ class Cluster:
 
     def committed(self, topic: str, group: str) -> dict[int, int]:
         """What a group has confirmed, by partition."""
-        consumer = ck.Consumer({"bootstrap.servers": self.servers, "group.id": group, **_QUICK})
+        consumer = ck.Consumer({**self._options, "group.id": group})
         try:
             known = consumer.list_topics(topic, timeout=10).topics[topic].partitions
             asked = [ck.TopicPartition(topic, each) for each in known]

@@ -21,15 +21,19 @@ from typing import Any
 
 import confluent_kafka as ck
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from psycopg import sql
 
+from broker import Broker
 from postgres import GivenServer
 from recognition.cli import main
 from recognition.config import load_settings, read_secret
 from recognition.errors import ConfigurationError, EventError
 from recognition.events import SEGMENT, parse_event
 from recognition.graph import open_graph
-from recognition.kafka import UpdatesConsumer
+from recognition.kafka import KafkaSource, UpdatesConsumer, UpdatesTopic
 from recognition.parts import bound_times, read_parts
 from test_delivery import Warehouse, expected, journey, wait_until
 from test_kafka import OPTIONS, Cluster
@@ -57,8 +61,9 @@ def configure(folder: Path, text: str) -> Path:
     return path
 
 
-def kafka_table(cluster: Cluster, topic: str, dead: str = "") -> str:
-    options = ", ".join(f'"{name}" = {json.dumps(value)}' for name, value in OPTIONS.items())
+def kafka_table(cluster: Cluster, topic: str, dead: str = "", **more: Any) -> str:
+    given = {**OPTIONS, **more}
+    options = ", ".join(f'"{name}" = {json.dumps(value)}' for name, value in given.items())
     return (
         f'[worker.kafka]\nservers = "{cluster.servers}"\ntopics = "{topic}"\n'
         f'group = "g-{topic}"\nlinger_seconds = 0.1\noptions = {{{options}}}\n'
@@ -231,6 +236,97 @@ def test_worker_of_updates_applies_a_topic_to_each_destination(
     assert "d7" not in said
     assert "u7" not in said
     assert not (tmp_path / "apply" / "graph.db").exists()
+
+
+def _look_for(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """How long `check` waits for the brokers' answer: ten seconds, else."""
+    look, look_out = KafkaSource.look, UpdatesTopic.look
+    monkeypatch.setattr(KafkaSource, "look", lambda self: look(self, seconds))
+    monkeypatch.setattr(UpdatesTopic, "look", lambda self: look_out(self, seconds))
+
+
+def _certify(path: Path) -> Path:
+    """A certificate of ``localhost`` that signs itself, with its key, in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    encoding = serialization.Encoding.PEM
+    private = key.private_bytes(
+        encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path.write_bytes(certificate.public_bytes(encoding) + private)
+    return path
+
+
+@pytest.mark.timeout(180)
+def test_topics_by_tls_and_password(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    As the settings have them: events come in and updates go out.
+
+    With a wrong password, or by a certificate that nobody knows, `check` says so, and no secret is
+    told.
+    """
+    events, password = journey(5), "an-example-password"
+    monkeypatch.setenv("KAFKA_PASSWORD", password)
+    with Broker(tls=_certify(tmp_path / "pem"), credentials=("recognition", password)) as broker:
+        cluster = Cluster(broker.servers, broker, **broker.options, **{"sasl.password": password})
+        topic, updates = cluster.topic(), cluster.topic()
+        cluster.write(topic, *map(to_segment, events))
+        secrets = 'secrets = {"sasl.password" = "env:KAFKA_PASSWORD"}\n'
+        given = ", ".join(f'"{name}" = "{value}"' for name, value in broker.options.items())
+        config = configure(
+            tmp_path,
+            f'[worker]\nrejects = "{tmp_path}/r"\n'
+            f"{kafka_table(cluster, topic, **broker.options)}{secrets}"
+            f'[[destinations]]\nname = "out"\nurl = "kafka://{broker.servers}/{updates}"\n'
+            f"options = {{{given}}}\n{secrets}",
+        )
+        checked, findings = found(config, capsys)
+        with worker_of(config) as worker:
+            sent = cluster.read(updates, 5)
+            wait_until(lambda: sum(cluster.committed(topic, f"g-{topic}").values()) == 20)
+            worker.send_signal(signal.SIGTERM)
+            out, said = worker.communicate(timeout=60)
+        _look_for(monkeypatch, 2.0)
+        monkeypatch.setenv("KAFKA_PASSWORD", "a-wrong-password")
+        wrong, refused = found(config, capsys)
+        with worker_of(config) as worker:
+            _, complaint = worker.communicate(timeout=60)
+        monkeypatch.setenv("KAFKA_PASSWORD", password)
+        _certify(tmp_path / "pem")  # another one than the broker shows
+        _, unknown = found(config, capsys)
+
+    assert (checked, texts(findings, "wrong"), worker.returncode) == (0, [], 3)
+    assert f"destination out: topic {updates}: 1 partitions" in texts(findings, "fine")
+    assert json.loads(out)["events"] == 20, said
+    assert {json.loads(each.value())["set"]["user_id"] for each in sent} == {
+        f"u{n}" for n in range(5)
+    }
+    assert wrong == 1
+    assert [text.split(":")[0] for text in texts(refused, "wrong")] == [
+        "worker.kafka", "destination out",
+    ]  # fmt: skip
+    assert all("_AUTHENTICATION" in text for text in texts(refused, "wrong"))
+    assert "_AUTHENTICATION" in complaint
+    assert len(texts(unknown, "wrong")) == 2
+    assert all("_SSL (TLS is not spoken there" in text for text in texts(unknown, "wrong"))
+    for told in (said, complaint, str(refused), str(findings)):
+        assert password not in told
+        assert "a-wrong-password" not in told
 
 
 @pytest.mark.parametrize(
@@ -688,11 +784,7 @@ def test_check_of_brokers_that_nobody_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are named as what does not answer, in a few seconds."""
-    from recognition.kafka import KafkaSource, UpdatesTopic
-
-    look, look_out = KafkaSource.look, UpdatesTopic.look
-    monkeypatch.setattr(KafkaSource, "look", lambda self: look(self, 0.5))
-    monkeypatch.setattr(UpdatesTopic, "look", lambda self: look_out(self, 0.5))
+    _look_for(monkeypatch, 0.5)
     server = f"127.0.0.1:{free_port()}"
     config = configure(
         tmp_path,

@@ -216,6 +216,7 @@ class _Topics:
         self._dead = None if dead_letters is None else _Writer(servers, dead_letters, letters)
         self._slow = min(_SLOW, int(given.get("max.poll.interval.ms", _MAX_POLL_MS)) / 3_000)
         self._refused: ck.KafkaError | None = None
+        self._tls: ck.KafkaError | None = None
         self._reassigned = False
         self._said: set[str] = set()
         self.counts = Counts(group)
@@ -277,7 +278,7 @@ class _Topics:
             return found
         except ck.KafkaException as exc:
             consumer.poll(0)  # what was told of the whole client, a refusal for example
-            raise _to_error(self._refused or exc.args[0]) from exc
+            raise _to_error(self._refused or self._tls or exc.args[0]) from exc
         finally:
             consumer.close()
 
@@ -448,6 +449,8 @@ class _Topics:
         if _ends(error):
             self._refused = error
         else:
+            if error.code() == ck.KafkaError._SSL:
+                self._tls = error  # said once more by whoever gives up for it
             self._say(error)
 
     def _say(self, error: Any) -> None:
@@ -850,17 +853,26 @@ class _Writer:
             **options,
             "bootstrap.servers": servers,
             "enable.idempotence": True,  # in order, and once, whatever is sent again
-            "error_cb": lambda error: _log.debug("%s", error.name()),
+            "error_cb": self._note,
         }
+        #: What the cluster refused since it was last asked something; it is retried for ever.
+        self._refused: ck.KafkaError | None = None
         self._producer = _open(ck.Producer, self._config)
         self._lock = threading.Lock()
 
+    def _note(self, error: Any) -> None:
+        _log.debug("%s", error.name())
+        if error.code() in _REFUSED or error.code() == ck.KafkaError._SSL:
+            self._refused = error
+
     def look(self, seconds: float) -> Found:
+        self._refused = None
         try:
             known = self._producer.list_topics(timeout=seconds).topics
         except ck.KafkaException as exc:
-            error = exc.args[0]
-            told = f"the cluster does not answer: {error.name()}"
+            self._producer.poll(0)  # what was told of the whole client
+            error = self._refused or exc.args[0]
+            told = f"the cluster does not answer: {_name(error)}"
             raise (SinkUnavailableError if _passes(error) else SinkError)(told) from exc
         if self._topic in known and known[self._topic].error is None:
             number = len(known[self._topic].partitions)
@@ -875,6 +887,7 @@ class _Writer:
     def write(self, letters: Sequence[_Letter]) -> None:
         taken = 0
         failed: list[Any] = []
+        self._refused = None
 
         def delivered(error: Any, _: object) -> None:
             nonlocal taken
@@ -913,7 +926,7 @@ class _Writer:
             first = next((error for error in failed if not _passes(error)), failed[0])
             told = (
                 f"{len(letters) - taken:,} of {len(letters):,} messages were not taken by Kafka:"
-                f" {first.name()}; the others were"
+                f" {_name(self._refused or first)}; the others were"
             )
             if _passes(first):
                 raise OutcomeUnknownError(told)
@@ -997,9 +1010,17 @@ def _passes(error: Any) -> bool:
 def _to_error(error: Any) -> SourceError:
     """Our own error for one of Kafka's: its name, which holds no value."""
     return SourceError(
-        f"the consumer cannot go on: {error.name()}; nothing that was not taken is confirmed",
+        f"the consumer cannot go on: {_name(error)}; nothing that was not taken is confirmed",
         retryable=_passes(error),
     )
+
+
+def _name(error: Any) -> str:
+    """As librdkafka calls it, and what else is to be said; no value of anything."""
+    name: str = error.name()
+    if error.code() == ck.KafkaError._SSL:
+        name += " (TLS is not spoken there, or a certificate was not accepted: ssl.ca.location)"
+    return name
 
 
 def _refuse_constant(name: str) -> Any:
