@@ -37,6 +37,12 @@ def windows() -> Iterator[tuple[str, Updates, Updates]]:
         [update(9, {"stitched_user_id": "B"}, device("a1"), named)],
         [update(3, {"stitched_user_id": "A"}, device("a1"), between(0, 9))],
     )
+    first = update(6, {"user_id": "u1"}, device("a1"), unknown(), between(0, 9))
+    yield (
+        "two devices' intervals, of which one was applied before",
+        [first],
+        [first, update(7, {"user_id": "u2"}, device("a2"), unknown(), between(0, 9))],
+    )
     yield (
         "a user who became another",
         (),

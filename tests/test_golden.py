@@ -60,6 +60,10 @@ WINDOWS: dict[str, Any] = {
     "the first one again, which changes nothing": update(
         1, _OWNER, device("a1"), unknown(), between(0, 9)
     ),
+    "the first one again, beside one of another device": [
+        update(1, _OWNER, device("a1"), unknown(), between(0, 9)),
+        update(7, _OWNER, device("a2"), unknown(), between(0, 9)),
+    ],
     "a user who became another": update(
         6, {"user_id": "u2"}, Equals(column="user_id", value="u1"), versioned=True
     ),
@@ -136,7 +140,8 @@ def _show(sink: SqlSink, dialect: str, how: str, most: int) -> Iterator[str]:
     sent = _sent(sink)
     for about, wanted in [*WINDOWS.items()][:most]:
         sent.clear()
-        assert sink.apply(plan_updates([wanted])).rejected == ()
+        window = wanted if isinstance(wanted, list) else [wanted]
+        assert sink.apply(plan_updates(window)).rejected == ()
         yield f"-- {how}: {about}\n" + "".join(f"{text};\n" for text in sent)
         for text in sent:
             if re.match("SELECT|INSERT|UPDATE|MERGE|CREATE|DELETE|DROP", text):

@@ -37,6 +37,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from difflib import get_close_matches
+from enum import Enum
 from hashlib import blake2b
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
@@ -837,13 +838,13 @@ class SqlSink(ABC):
         if not step.shape.versioned:
             self._open_ledger(transaction)
         stage = self._stage(transaction, step, target)
-        later, again = None, False
+        later, noted = None, _Noted.NOTHING
         if not step.shape.versioned:
-            later, again = self._find_later(transaction, stage, step, target)
-        parts = [_Part(step, stage, frozenset(), again)]
+            later, noted = self._find_later(transaction, stage, step, target)
+        parts = [_Part(step, stage, frozenset(), noted)]
         if later is not None and any(later):
             parts = [
-                _Part(part, self._stage(transaction, part, target), spare, again)
+                _Part(part, self._stage(transaction, part, target), spare, noted)
                 for part, spare in cut_and_spare(step, *later)
             ]
         return _PreparedStep(step, target, stage, later, parts, time.perf_counter() - started)
@@ -860,7 +861,7 @@ class SqlSink(ABC):
             for prepared in plan.steps:
                 if prepared.later is None:
                     continue
-                later, _ = self._find_later(
+                later, noted = self._find_later(
                     transaction, prepared.stage, prepared.step, prepared.target
                 )
                 if prepared.later != later:
@@ -868,11 +869,13 @@ class SqlSink(ABC):
                         "another worker applied later updates of the same rows meanwhile; "
                         "all was rolled back"
                     )
+                # Or it applied the same ones.
+                prepared.parts[:] = [part._replace(noted=noted) for part in prepared.parts]
         for prepared in plan.steps:
             for part in prepared.parts:
                 shape = part.step.shape
-                if shape.covers and not shape.versioned and not part.again:
-                    self._remember(transaction, part.stage, part.step, prepared.target)
+                if shape.covers and not shape.versioned and part.noted is not _Noted.ALL:
+                    self._remember(transaction, part, prepared.target)
         return Applied(
             rows_matched=sum(step.rows_matched for step in done),
             rows_changed=sum(step.rows_changed for step in done),
@@ -891,11 +894,11 @@ class SqlSink(ABC):
         seconds: float,
     ) -> AppliedStep:
         started = time.perf_counter()
-        step, stage, spare, again = part
+        step, stage, spare, noted = part
         counts: dict[str, int] | None = None
         changed = wanting = 0
         # What was applied before mostly changes nothing: it is looked at first, and read once.
-        if again and not spare and step.needs_count(0):
+        if noted is _Noted.ALL and not spare and step.needs_count(0):
             look = self._count_rows(stage, step, target, first=True)
             found = cast(Sequence[Any], transaction.execute(look).all())
             counts = {update_id: rows + wanted for update_id, rows, wanted in found}
@@ -1187,8 +1190,8 @@ class SqlSink(ABC):
 
     def _find_later(
         self, transaction: Transaction, stage: sa.FromClause, step: Step, target: Target
-    ) -> tuple[Later, bool]:
-        """What later updates took of the step's rows, and whether all were noted as they are."""
+    ) -> tuple[Later, _Noted]:
+        """What later updates took of the step's rows, and what of the step itself is noted."""
         notes: Sequence[Any] = transaction.execute(
             sa.select(
                 stage.c.position,
@@ -1215,7 +1218,10 @@ class SqlSink(ABC):
                 own.add((position, *noted))
             else:
                 others.append(note)
-        return later_of(step, target, others), bool(own) and own.issuperset(_notes(step, target))
+        noted = _Noted.NOTHING
+        if own:
+            noted = _Noted.ALL if own.issuperset(_notes(step, target)) else _Noted.SOME
+        return later_of(step, target, others), noted
 
     def _same_key(self, stage: sa.FromClause, step: Step, target: Target) -> tuple[_Condition, ...]:
         return (
@@ -1266,11 +1272,9 @@ class SqlSink(ABC):
             later,
         )
 
-    def _remember(
-        self, transaction: Transaction, stage: sa.FromClause, step: Step, target: Target
-    ) -> None:
-        """Note what the staged updates took, unless it was noted before."""
-        shape = step.shape
+    def _remember(self, transaction: Transaction, part: _Part, target: Target) -> None:
+        """Note what the staged updates took, but for what was noted before."""
+        shape, stage = part.step.shape, part.stage
         timed = bool(shape.times)
         nothing = sa.cast(sa.null(), sa.BigInteger())
         message: tuple[str, _Expression] = ("", self._constant_text(""))
@@ -1295,9 +1299,16 @@ class SqlSink(ABC):
             "sequence": stage.c.sequence,
             "applied_at": sa.cast(sa.literal(_now(), sa.BigInteger()), sa.BigInteger()),
         }
-        # PostgreSQL takes a column that IS NOT DISTINCT FROM a constant NULL for one that never is,
-        # and looks for each staged row through all notes: minutes, where there are 50,000.
-        noted = [
+        lines = sa.select(*line.values()).where(stage.c.extras.is_not(None))
+        # What is known not to be there is not looked for: of a young ledger, or one that grew since
+        # it was analysed, PostgreSQL expects one note, and looks for each row through all of them.
+        if part.noted is _Noted.SOME:
+            lines = self.lacking(lines, stage, LEDGER.c.update_id, self._same_note(line, timed))
+        transaction.execute(sa.insert(LEDGER).from_select(list(line), lines))
+
+    def _same_note(self, line: Mapping[str, _Expression], timed: bool) -> list[_Condition]:
+        # PostgreSQL takes a column that IS NOT DISTINCT FROM a constant NULL for one that never is.
+        return [
             (
                 ~self.differ(LEDGER.c[name], expression, "integer")
                 if timed
@@ -1308,9 +1319,6 @@ class SqlSink(ABC):
             for name, expression in line.items()
             if name != "applied_at"
         ]
-        lines = sa.select(*line.values()).where(stage.c.extras.is_not(None))
-        lines = self.lacking(lines, stage, LEDGER.c.update_id, noted)
-        transaction.execute(sa.insert(LEDGER).from_select(list(line), lines))
 
     # Looking at tables --------------------------------------------------------------------------
 
@@ -1603,17 +1611,21 @@ class _LedgerMovedError(SinkUnavailableError):
     """Between a plan's preparation and its transaction somebody noted later updates."""
 
 
-class _Part(NamedTuple):
-    """
-    What is left of a step, staged, and the notes of the rows to spare.
+class _Noted(Enum):
+    """What of a step was applied before, and is in the ledger."""
 
-    ``again``: all of the step was applied before, and is noted.
-    """
+    NOTHING = 0
+    SOME = 1
+    ALL = 2
+
+
+class _Part(NamedTuple):
+    """What is left of a step, staged, the notes of the rows to spare, what of the step is noted."""
 
     step: Step
     stage: sa.FromClause
     spare: frozenset[Spared]
-    again: bool = False
+    noted: _Noted = _Noted.NOTHING
 
 
 class _PreparedStep(NamedTuple):
@@ -1623,7 +1635,7 @@ class _PreparedStep(NamedTuple):
     target: Target
     stage: sa.FromClause
     later: Later | None
-    parts: Sequence[_Part]
+    parts: list[_Part]
     seconds: float
 
 
