@@ -18,7 +18,7 @@ import sqlalchemy as sa
 import sqlglot
 from sqlglot import exp
 
-from recognition.messages import Equals, Messages
+from recognition.messages import Equals, Messages, UpdateByCriteria
 from recognition.planner import plan_updates
 from recognition.sinks import open_sink
 from recognition.sinks.sql import SqlSink
@@ -43,30 +43,30 @@ _NAMED = Messages(
 _OWNER = {"user_id": "u1", "context_traits_email": "a@example.com"}
 
 #: Updates of the shapes that matter, with what each is about; one after the other.
-WINDOWS: dict[str, Any] = {
-    "a device's rows in an interval, where nobody is known": update(
-        1, _OWNER, device("a1"), unknown(), between(0, 9)
-    ),
-    "the same, in a table with versions": update(
-        2, _OWNER, device("a1"), unknown(), between(0, 9), versioned=True
-    ),
-    "a column of recognition's own, set whatever it holds": update(
-        3, {"stitched_user_id": "u1"}, device("a1")
-    ),
-    "messages of a device": update(4, {"stitched_user_id": "u1"}, device("a1"), _NAMED),
-    "a device's interval, of which a later update named messages": update(
-        3, {"stitched_user_id": "u2"}, device("a1"), between(0, 9)
-    ),
-    "the first one again, which changes nothing": update(
-        1, _OWNER, device("a1"), unknown(), between(0, 9)
-    ),
+WINDOWS: dict[str, list[UpdateByCriteria]] = {
+    "a device's rows in an interval, where nobody is known": [
+        update(1, _OWNER, device("a1"), unknown(), between(0, 9))
+    ],
+    "the same, in a table with versions": [
+        update(2, _OWNER, device("a1"), unknown(), between(0, 9), versioned=True)
+    ],
+    "a column of recognition's own, set whatever it holds": [
+        update(3, {"stitched_user_id": "u1"}, device("a1"))
+    ],
+    "messages of a device": [update(4, {"stitched_user_id": "u1"}, device("a1"), _NAMED)],
+    "a device's interval, of which a later update named messages": [
+        update(3, {"stitched_user_id": "u2"}, device("a1"), between(0, 9))
+    ],
+    "the first one again, which changes nothing": [
+        update(1, _OWNER, device("a1"), unknown(), between(0, 9))
+    ],
     "the first one again, beside one of another device": [
         update(1, _OWNER, device("a1"), unknown(), between(0, 9)),
         update(7, _OWNER, device("a2"), unknown(), between(0, 9)),
     ],
-    "a user who became another": update(
-        6, {"user_id": "u2"}, Equals(column="user_id", value="u1"), versioned=True
-    ),
+    "a user who became another": [
+        update(6, {"user_id": "u2"}, Equals(column="user_id", value="u1"), versioned=True)
+    ],
 }
 
 Opened = Callable[..., SqlSink]
@@ -140,8 +140,7 @@ def _show(sink: SqlSink, dialect: str, how: str, most: int) -> Iterator[str]:
     sent = _sent(sink)
     for about, wanted in [*WINDOWS.items()][:most]:
         sent.clear()
-        window = wanted if isinstance(wanted, list) else [wanted]
-        assert sink.apply(plan_updates(window)).rejected == ()
+        assert sink.apply(plan_updates(wanted)).rejected == ()
         yield f"-- {how}: {about}\n" + "".join(f"{text};\n" for text in sent)
         for text in sent:
             if re.match("SELECT|INSERT|UPDATE|MERGE|CREATE|DELETE|DROP", text):

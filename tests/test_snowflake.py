@@ -479,7 +479,8 @@ def test_compile_is_what_apply_sends(database: Database, opened: Opened) -> None
         database.write(f"by_{statement}", [row("m1", "a1", 1)])
         sink = opened(statement=statement.lower())
         table = {"table": f"by_{statement}"}
-        plan = plan_updates([each.model_copy(update=table) for each in WINDOWS.values()])
+        updates = [each for window in WINDOWS.values() for each in window]
+        plan = plan_updates([each.model_copy(update=table) for each in updates])
         compiled = [sink.compile(step).rsplit("\n", 1)[0] for step in plan.steps]
         texts = sent(sink)
 

@@ -14,6 +14,7 @@ import os
 import random
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -244,7 +245,7 @@ class Worker:
         pause = first
         name = _name(source)
         while not stop.is_set():
-            before = self.taken.events
+            before, began = self.taken.events, time.monotonic()
             try:
                 source.run(self.take, stop)
                 return
@@ -254,8 +255,8 @@ class Worker:
                     self._failed = exc
                     stop.set()
                     return
-                if self.taken.events > before:
-                    pause = first
+                if self.taken.events > before or time.monotonic() - began > longest:
+                    pause = first  # it was well in between
                 told = str(exc) if isinstance(exc, RecognitionError) else type(exc).__name__
                 _log.warning("%s is started again in %.1f s: %s", name, pause, told)
                 with self._lock:
@@ -266,7 +267,7 @@ class Worker:
 
 def _name(source: Source) -> str:
     """In logs: of what sort it is, and its own name where it has one."""
-    return " ".join(filter(None, (type(source).__name__, getattr(source, "name", ""))))
+    return f"{type(source).__name__} {getattr(source, 'name', '')}".rstrip()
 
 
 def _raw(body: object) -> bytes:
