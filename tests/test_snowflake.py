@@ -487,7 +487,9 @@ def test_compile_is_what_apply_sends(database: Database, opened: Opened) -> None
         applied = sink.apply(plan)
 
         assert applied.rejected == ()
-        assert [text for text in texts if text.startswith(statement)] == compiled
+        # One plan may have two stages of a shape; then they are numbered.
+        named = [re.sub(r"(stage_[0-9a-f]{8})_\d+", r"\1", text) for text in texts]
+        assert [text for text in named if text.startswith(statement)] == compiled
         assert applied.statements == len([t for t in texts if t not in ("COMMIT", "ROLLBACK")])
 
 
