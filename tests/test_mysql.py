@@ -187,6 +187,19 @@ def _explained(sink: MysqlSink, how: str = "EXPLAIN") -> Iterator[list[dict[str,
     sa.event.remove(sink._engine, "before_cursor_execute", explain)
 
 
+def _fill(database: Database, declared: str, more: str = "") -> list[Any]:
+    """A table of 500 devices with eight rows each, whose ids are of the type; gives these."""
+    database.run(
+        f"CREATE TABLE events (anonymous_id {declared}, user_id TEXT, timestamp DATETIME(6){more})"
+    )
+    keys: list[Any] = [f"00000000-0000-0000-0000-{n:012}" for n in range(500)]
+    keys = [*range(500)] if declared == "BIGINT" else keys
+    with database.server.connect(database.name) as connection, connection.cursor() as cursor:
+        rows = [(keys[n % 500], _plain(at(n))) for n in range(4_000)]
+        cursor.executemany("INSERT INTO events VALUES (%s, NULL, %s)", rows)
+    return keys
+
+
 @pytest.mark.parametrize(
     "declared",
     [
@@ -202,14 +215,7 @@ def test_a_stage_is_not_gone_through_for_each_row(
     database: Database, opened: Opened, declared: str
 ) -> None:
     """Without an index on the device: 500 updates of 30,000 rows took 13 s."""
-    database.run(
-        f"CREATE TABLE events (anonymous_id {declared}, user_id TEXT, timestamp DATETIME(6))"
-    )
-    with database.server.connect(database.name) as connection, connection.cursor() as cursor:
-        keys: list[Any] = [f"00000000-0000-0000-0000-{n:012}" for n in range(500)]
-        keys = [*range(500)] if declared == "BIGINT" else keys
-        rows = [(keys[n % 500], _plain(at(n))) for n in range(4_000)]
-        cursor.executemany("INSERT INTO events VALUES (%s, NULL, %s)", rows)
+    keys = _fill(database, declared)
     sink = opened()
 
     with _explained(sink) as found:
@@ -246,15 +252,7 @@ def test_rows_are_found_by_the_index_of_the_key(
     database: Database, opened: Opened, declared: str, staged: bool
 ) -> None:
     """Each staged row looks its rows up by the index, whatever the key's type and collation."""
-    database.run(
-        f"CREATE TABLE events (anonymous_id {declared}, user_id TEXT, timestamp DATETIME(6),"
-        " KEY by_device (anonymous_id))"
-    )
-    keys: list[Any] = [f"00000000-0000-0000-0000-{n:012}" for n in range(500)]
-    keys = [*range(500)] if declared == "BIGINT" else keys
-    with database.server.connect(database.name) as connection, connection.cursor() as cursor:
-        rows = [(keys[n % 500], _plain(at(n))) for n in range(4_000)]
-        cursor.executemany("INSERT INTO events VALUES (%s, NULL, %s)", rows)
+    keys = _fill(database, declared, ", KEY by_device (anonymous_id)")
     sink = opened()
     if staged:
         sink.inline_rows = 0

@@ -379,8 +379,8 @@ class MysqlSink(SqlSink):
         A temporary table of columns that are declared one by one.
 
         ``CREATE TABLE .. AS SELECT`` would clone NOT NULL and defaults too, and make a text of
-        nothing a ``CHAR(0)``. The index is for a target without one: there is no hash join before
-        MySQL 8.0.18, and all of the stage was gone through for each row.
+        nothing a ``CHAR(0)``. The index is for a target without one: MariaDB by its defaults, as
+        MySQL before 8.0.18, joins by no hash, and went through all of the stage for each row.
         """
         transaction.stages.append(name)
         parts = [f"{column.name} {self._stage_type(column)}" for column in columns]
