@@ -141,14 +141,16 @@ class _Link:
 
     Args:
         lenient: The client is redshift_connector.
-        source, extended, refused: Of the COPY that is under way: the object, which protocol the
-            client speaks, and whether the object could not be had.
+        source, refused: Of the COPY that is under way: the object, and whether it could not be had.
+        prepared: The statement that the client will execute is a COPY.
+        unsynced: It is executed, and a Sync is owed to the server, by whoever passes its answer.
     """
 
     lenient: bool = False
     source: bytes = b""
-    extended: bool = False
     refused: bool = False
+    prepared: bool = False
+    unsynced: bool = False
 
 
 class Proxy:
@@ -230,10 +232,21 @@ class Proxy:
         with contextlib.suppress(OSError, EOFError):
             while True:
                 kind, body = _receive(client)
-                if kind in (b"Q", b"P") and (copy := _COPY.search(body)):
-                    link.source, link.extended = copy[2], kind == b"P"
-                    told = b"%s FROM STDIN (FORMAT csv, NULL '%s')" % (copy[1], copy[3])
-                    body = body[: copy.start()] + told + body[copy.end() :]
+                if kind in (b"Q", b"P"):
+                    copy = _COPY.search(body)
+                    link.prepared = copy is not None and kind == b"P"
+                    if copy is not None:
+                        link.source = copy[2]
+                        told = b"%s FROM STDIN (FORMAT csv, NULL '%s')" % (copy[1], copy[3])
+                        body = body[: copy.start()] + told + body[copy.end() :]
+                elif kind == b"E" and link.prepared:
+                    # A server that awaits rows ignores a Sync. The client's may come before that,
+                    # or too late and be one too many: it stays here, and ours comes in its time.
+                    link.unsynced = True
+                    server.sendall(_message(kind, body))
+                    while kind != b"S":
+                        kind, body = _receive(client)
+                    continue
                 server.sendall(_message(kind, body))
 
     def _pass_answers(self, server: socket.socket, client: socket.socket, link: _Link) -> None:
@@ -242,6 +255,10 @@ class Proxy:
                 kind, body = _receive(server)
                 if kind == b"G":  # it is ready for the rows
                     self._hand_over(server, link)
+                if kind in (b"G", b"E") and link.unsynced:
+                    link.unsynced = False
+                    server.sendall(_message(b"S", b""))
+                if kind == b"G":
                     continue
                 if kind == b"S" and body.startswith(b"server_version\0"):
                     body = b"server_version\0" + _VERSION + b"\0"
@@ -264,8 +281,6 @@ class Proxy:
             server.sendall(_message(b"f", b"refused\0"))
         else:
             server.sendall(_message(b"d", gzip.decompress(found)) + _message(b"c", b""))
-        if link.extended:  # the driver's own was ignored, because rows were awaited
-            server.sendall(_message(b"S", b""))
 
 
 def _receive(source: socket.socket) -> tuple[bytes, bytes]:

@@ -407,7 +407,8 @@ class SinkTests:
                 continue
 
             for place in (*order, order[0]):
-                _apply(sink, updates[place])
+                applied = _apply(sink, updates[place])
+                assert applied.rejected == ()
 
             expected = _owned_rows(updates, "stitched_user_id")
             assert _column(read_rows(table), "stitched_user_id") == expected, f"order {order}"
