@@ -5,12 +5,12 @@ How fast events go through the recognizer into MongoDB, and what they leave ther
         [--only floor,whole,references] [--long] [--json | --markdown]
 
 The server is that of the tests (`tests/mongod.py`): one member, a replica set all the same, 1 GB of
-cache; or the one that RECOGNITION_TEST_MONGODB_URI names. Every round runs all parts one after the
-other, each in a database of its own that is dropped afterwards; every second round goes backwards.
-Ratios are those of one round, and their median is quoted. Most of the work is done by another
-process, so wall seconds decide; CPU seconds of this one are beside them. What a part is given is
-made outside its clock, in batches of 1,000; writes are acknowledged by the majority, and so by the
-journal, except where it says otherwise:
+cache (``--cache-gb``); or the one that RECOGNITION_TEST_MONGODB_URI names. Every round runs all
+parts one after the other, each in a database of its own that is dropped afterwards; every second
+round goes backwards. Ratios are those of one round, and their median is quoted. Most of the work is
+done by another process, so wall seconds decide; CPU seconds of this one are beside them. What a
+part is given is made outside its clock, in batches of 1,000; writes are acknowledged by the
+majority, and so by the journal, except where it says otherwise:
 
 ``floor``
     one document for each event, 24 bytes of BSON in all, by unordered ``insert_many``:
@@ -998,13 +998,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000, help="of the one visitor")
     parser.add_argument("--only", type=choose, default=list(PARTS), help="parts, by commas")
     parser.add_argument("--long", action="store_true", help="ten times as many events too")
+    parser.add_argument("--cache-gb", type=float, default=1, help="of a server of its own")
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--json", action="store_true")
     shape.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     uri = given_uri()
     try:
-        server = Server(cache_gb=1) if uri is None else GivenServer(uri)
+        server = Server(cache_gb=options.cache_gb) if uri is None else GivenServer(uri)
     except MongodError as exc:
         sys.exit(str(exc))
     with server:
