@@ -74,6 +74,8 @@ class Handler(BaseHTTPRequestHandler):
     """One connection; each request has a connection to the engine for itself."""
 
     protocol_version = "HTTP/1.1"
+    #: A body that follows its head at once would wait 40 ms for the client's delayed ACK.
+    disable_nagle_algorithm = True
     server: Engine
     connection_string: str
     password: str

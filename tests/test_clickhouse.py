@@ -814,6 +814,40 @@ def test_patches_that_were_applied_are_not_counted(opened: Opened) -> None:
     assert waiting() == [(1, 1), (0, 0)]
 
 
+def test_a_window_reads_few_of_many_notes(opened: Opened) -> None:
+    """What was noted before a window was decided is not read for it; of the rest its keys are."""
+    opened.table()
+    opened.rows(row("m1", "a1", 1), row("m2", "a77", 1))
+    sink = opened.sink()
+    sink.apply(plan_updates([update(1, {"user_id": "u"}, device("other"), unknown())]))
+    opened.client.command(
+        "INSERT INTO recognition_ledger SELECT 'events', 'anonymous_id', concat('a', number),"
+        " 'w1', number + 2, toString(number), '', '', '[]', 'user_id', '', '', 0, 9,"
+        " now() - toIntervalDay(29) + toIntervalDay(intDiv(number, 20000)) FROM numbers(600000)"
+    )
+    server, looked = sink._server, []
+
+    def rows(statement: Any) -> Any:
+        text, parameters = statement.render()
+        if "recognition_ledger` AS ledger" in text:
+            told = opened.client.query(f"EXPLAIN ESTIMATE {text}", parameters=parameters)
+            looked.append(sum(line[3] for line in told.result_rows if "ledger" in line[1]))
+        return type(server).rows(server, statement)
+
+    server.rows = rows
+
+    def read(sequence: int) -> list[int]:
+        looked.clear()
+        plan = plan_updates([update(sequence, {"user_id": "u1"}, device("a1"), unknown())])
+        assert sink.apply(plan).rows_changed == (sequence == 700_000)
+        return list(looked)
+
+    assert read(700_000) == [0]
+    [among, of_key] = read(595_000)
+    assert among <= 20_000
+    assert of_key <= 8_192 * 2
+
+
 def test_messages_prune_by_their_days(opened: Opened) -> None:
     """Messages reach their rows in a table that is sorted by day, across zones and midnights."""
     opened.table(EVENTS.replace("'UTC'", "'America/New_York'"))

@@ -491,8 +491,9 @@ class ClickhouseSink:
         if updated := choice.partitions(UPDATE):
             whole = every and len(updated) == touched
             self._mutate(window, table, statements.update(None if whole else updated))
-            after = self._survey(table).patch_parts
-            changed += sum(r for name, r in after.items() if name not in survey.patch_parts)
+            for name, rows in self._patch_parts(table).items():
+                if name not in survey.patch_parts:
+                    changed += int(rows)
         if altered:
             self._mutate(window, table, statements.alter(altered))
         if choice.partitions(INSERT):
@@ -916,15 +917,18 @@ class ClickhouseSink:
         """
         Make the ledger, where there is none.
 
-        The same note may be in it twice, until a merge; that does not change what it says.
+        The same note may be in it twice, until a merge or for good; that does not change what it
+        says. Later updates are mostly noted later: by the days and the index on the order, a window
+        looks at what was noted about when it was decided, however many notes there are.
         """
         if table.database in self._ledgers:
             return
         columns = [sql("% %", Name(name), sql_type(kind)) for name, kind in _LEDGER_COLUMNS]
         self._server.run(
             sql(
-                "CREATE TABLE IF NOT EXISTS % (%) ENGINE = ReplacingMergeTree ORDER BY (%)"
-                " TTL applied_at + toIntervalDay(%)",
+                "CREATE TABLE IF NOT EXISTS % (%, INDEX later sequence TYPE minmax GRANULARITY 1)"
+                " ENGINE = ReplacingMergeTree PARTITION BY toDate(applied_at) ORDER BY (%)"
+                " TTL applied_at + toIntervalDay(%) SETTINGS ttl_only_drop_parts = 1",
                 table.beside(LEDGER),
                 join(", ", columns),
                 join(", ", [sql("%", Name(name)) for name, _ in _LEDGER_COLUMNS[:-1]]),
@@ -937,17 +941,14 @@ class ClickhouseSink:
         self, window: _Window, table: Table, step: Step
     ) -> tuple[Later, dict[tuple[object, ...], list[str]]]:
         """What later updates took of the step's rows, and the messages that are to be spared."""
-        noted = Parameter("String", table.parts[1])
-        key = Parameter("String", table.column(step.shape.key).name)
-        [[last]] = self._server.rows(
-            sql(
-                "SELECT max(sequence) FROM % WHERE table_name = % AND key_column = %",
-                table.beside(LEDGER),
-                noted,
-                key,
-            )
+        about = sql(
+            "table_name = % AND key_column = % AND ledger.sequence >= %",
+            Parameter("String", table.parts[1]),
+            Parameter("String", table.column(step.shape.key).name),
+            Parameter("Int64", min(row.sequence for row in step.rows)),
         )
-        if last < min(row.sequence for row in step.rows):
+        ledger = table.beside(LEDGER)
+        if not self._server.rows(sql("SELECT 1 FROM % AS ledger WHERE % LIMIT 1", ledger, about)):
             return Later({}, {}), {}
         name = window.name(table, "keys")
         columns = [
@@ -983,13 +984,13 @@ class ClickhouseSink:
                 " ledger.extras, ledger.time_column, ledger.starts, ledger.ends"
                 " FROM % AS ledger INNER JOIN % AS staged"
                 " ON ledger.key_value = staged.key_value AND ledger.workspace = staged.workspace"
-                " WHERE ledger.table_name = % AND ledger.key_column = %"
+                " WHERE % AND ledger.key_value IN (SELECT key_value FROM %)"
                 " AND ledger.sequence >= staged.sequence AND ledger.update_id != staged.update_id"
                 " ORDER BY 1, 2, 3, 10",
-                table.beside(LEDGER),
+                ledger,
                 table.beside(name),
-                noted,
-                key,
+                about,
+                table.beside(name),
             )
         )
         notes = [
@@ -1331,6 +1332,17 @@ class ClickhouseSink:
         )
         patches = {str(name): int(rows) for line in found for name, rows in line[10]}
         return _Survey(found, found[0][11] if found else 0, patches)
+
+    def _patch_parts(self, table: Table) -> dict[str, Any]:
+        """As a survey has them: the rows of those that an UPDATE wrote, whether active or not."""
+        return self._server.pairs(
+            sql(
+                "SELECT name, rows FROM system.parts WHERE database = % AND table = %"
+                " AND startsWith(name, 'patch-') AND level = 0",
+                Parameter("String", table.parts[0]),
+                Parameter("String", table.parts[1]),
+            )
+        )
 
     def _work(self, table: Table, shape: Shape) -> Work:
         """What the table lets the strategies do with this shape."""
