@@ -1083,8 +1083,18 @@ class ClickhouseSink:
         for name, is_set, place in checks:
             column = table.column(name)
             values = [(row.values if is_set else row.equals)[place] for row in step.rows]
-            if column.kind == "text" and {*map(type, values)} == {str}:
+            kinds = {*map(type, values)}
+            if column.kind == "text" and kinds == {str}:
                 continue
+            if column.kind == "integer" and kinds == {int}:
+                numbers = cast(Sequence[int], values)
+                low, high = column.low, column.high
+                if (
+                    low is not None
+                    and high is not None
+                    and low <= min(numbers) <= max(numbers) <= high
+                ):
+                    continue
             for row, value in zip(step.rows, values, strict=True):
                 reason = None if value is None else _refuse(table, column, value, bool(is_set))
                 if reason is not None:
@@ -1915,8 +1925,10 @@ def _spread(
     # some do, a few more are taken than are met.
     starts, ends = [first for first, *_ in known], list(accumulate((e for _, e, _ in known), max))
     begins, shared = [0.0] * (len(known) + 1), [0] * (len(known) + 1)
+    places = [place for place, name in enumerate(shape.times) if table.column(name) == column]
+    by_message = shape.messages is not None and table.column(shape.messages[1]) == column
     for row in step.rows:
-        start, end = _reach(table, column, shape, row)
+        start, end = _reach(row, places, by_message)
         first, last = bisect_right(ends, start), bisect_left(starts, end)
         if first < last:
             share = each / (last - first)
@@ -1936,14 +1948,15 @@ def _second(time: int) -> _Span:
     return start, start + SECOND
 
 
-def _reach(table: Table, column: Column, shape: Shape, row: StagedRow) -> tuple[float, float]:
-    """The times, by this column, that a row may be about."""
+def _reach(row: StagedRow, places: Sequence[int], by_message: bool) -> tuple[float, float]:
+    """The times that a row may be about, by those intervals and by its message's time or not."""
     start, end = -inf, inf
-    if row.message_time is not None and shape.messages is not None:
-        bounded = table.column(shape.messages[1]) == column
-        start, end = _second(row.message_time) if bounded else (start, end)
-    for name, (lower, upper) in zip(shape.times, row.intervals, strict=True):
-        if table.column(name) == column:
-            start = max(start, -inf if lower is None else lower)
-            end = min(end, inf if upper is None else upper)
+    if by_message and row.message_time is not None:
+        start, end = _second(row.message_time)
+    for place in places:
+        lower, upper = row.intervals[place]
+        if lower is not None and lower > start:
+            start = lower
+        if upper is not None and upper < end:
+            end = upper
     return start, end
