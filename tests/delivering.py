@@ -1,7 +1,7 @@
 """
 Deliver an outbox and note what is applied when; started as a process by the tests.
 
-    python delivering.py GRAPH SINK LOG [--stall FILE] [--window N]
+    python delivering.py GRAPH SINK LOG [--stall FILE] [--window N] [--lease SECONDS]
 
 It ends when its standard input does. Each line of ``LOG`` is a JSON object: begin, end, updates.
 With ``--stall`` it makes the file before its first window is applied, and stops itself by SIGSTOP.
@@ -64,13 +64,15 @@ if __name__ == "__main__":
     parser.add_argument("log", type=Path)
     parser.add_argument("--stall", type=Path)
     parser.add_argument("--window", type=int, default=10)
+    # Longer than a busy machine stands still.
+    parser.add_argument("--lease", type=float, default=60.0)
     given = parser.parse_args()
     sink = Noted(open_sink(given.sink), given.log, given.stall)
     deliverer = Deliverer(
         open_graph(given.graph),
         [Destination(name="w", sink=sink, window=given.window, settle=0.0)],
         every=0.02,
-        lease=1.0,
+        lease=given.lease,
     )
     sink.leases = deliverer._lines[0]._lock
     stop = threading.Event()

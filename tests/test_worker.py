@@ -364,9 +364,8 @@ def test_worker_that_stood_still_does_no_harm(tmp_path: Path) -> None:
     warehouse = fill_outbox(tmp_path, 30)
     logs, stalled = [tmp_path / "one.log", tmp_path / "two.log"], tmp_path / "stalled"
     graph_url = f"sqlite:///{tmp_path}/graph.db"
-    with process(
-        HERE / "delivering.py", graph_url, warehouse.url, logs[0], "--stall", stalled
-    ) as one:
+    stalling = ("--stall", stalled, "--lease", "1")
+    with process(HERE / "delivering.py", graph_url, warehouse.url, logs[0], *stalling) as one:
         wait_until(stalled.exists)
         with process(HERE / "delivering.py", graph_url, warehouse.url, logs[1]) as two:
             wait_until(lambda: not pending(tmp_path))
