@@ -29,6 +29,8 @@ from typing import Self
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient, NewTopic
 
+from mongod import _free_port
+
 #: Joining a group takes as long as a session, here; a real Kafka is quicker.
 OPTIONS: dict[str, str | int | float | bool] = {
     "session.timeout.ms": 6_000,
@@ -81,29 +83,22 @@ class Broker:
             self.options["sasl.mechanism"] = "PLAIN"
             self.options["sasl.username"] = credentials[0]
         secret = {} if credentials is None else {"sasl.password": credentials[1]}
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self._port = probe.getsockname()[1]
         self._proxy = socket.create_server(("127.0.0.1", 0), backlog=128)
         host = "127.0.0.1" if tls is None else "localhost"
         self.servers = f"{host}:{self._proxy.getsockname()[1]}"
         self._open = threading.Event()
         self._open.set()
+        self._lock = threading.Lock()  # whoever holds it decides who is connected
         self._ended = False
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._threads: list[threading.Thread] = []
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop()
-        self._process = subprocess.Popen(
-            [
-                str(binary),
-                "broker",
-                f"--listener-url=tcp://127.0.0.1:{self._port}",
-                f"--advertised-listener-url=tcp://{self.servers}",
-                "--storage-engine=memory://tansu/",
-            ],
-            stdout=self._log,
-            stderr=self._log,
-            env={"PATH": os.environ.get("PATH", ""), "RUST_LOG": "error"},
-        )
+        try:
+            self._start(binary)
+        except BaseException:
+            self._proxy.close()
+            self._log.close()
+            raise
         self._accepting = threading.Thread(target=self._accept)
         self._accepting.start()
         self.admin = AdminClient(
@@ -111,8 +106,46 @@ class Broker:
         )
         self._await_start()
 
+    def _start(self, binary: Path) -> None:
+        """On a port that it has: whoever answers at another one could be another's broker."""
+        taken: set[int] = set()
+        while True:
+            self._port = _free_port(taken)
+            begin = self._log.seek(0, os.SEEK_END)
+            self._process = subprocess.Popen(
+                [
+                    str(binary),
+                    "broker",
+                    f"--listener-url=tcp://127.0.0.1:{self._port}",
+                    f"--advertised-listener-url=tcp://{self.servers}",
+                    "--storage-engine=memory://tansu/",
+                ],
+                stdout=self._log,
+                stderr=self._log,
+                env={"PATH": os.environ.get("PATH", ""), "RUST_LOG": "error"},
+            )
+            if self._listens(begin):
+                return
+            taken.add(self._port)
+
+    def _listens(self, begin: int) -> bool:
+        """Until it does; False: it has ended, because the port was taken meanwhile."""
+        deadline = time.monotonic() + 60
+        while self._process.poll() is None:
+            if _listens_at(self._port, self._process.pid):
+                return True
+            if time.monotonic() > deadline:
+                self._process.kill()
+                self._process.wait(20)
+                raise RuntimeError(f"the broker did not start: {self.tail()}")
+            time.sleep(0.02)
+        self._log.seek(begin)
+        if b"AddrInUse" in self._log.read():
+            return False
+        raise RuntimeError(f"the broker did not start: {self.tail()}")
+
     def _await_start(self) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while True:
             try:
                 self.admin.list_topics(timeout=2)
@@ -133,8 +166,10 @@ class Broker:
 
     def cut(self) -> None:
         """Nobody reaches the broker, and whoever did is cut off."""
-        self._open.clear()
-        for pair in self._pairs:
+        with self._lock:
+            self._open.clear()
+            pairs = list(self._pairs)
+        for pair in pairs:
             for each in pair:
                 with contextlib.suppress(OSError):
                     each.shutdown(socket.SHUT_RDWR)
@@ -159,7 +194,13 @@ class Broker:
                 continue
             server.settimeout(None)
             pair = (client, server)
-            self._pairs.append(pair)
+            with self._lock:
+                if self._open.is_set():
+                    self._pairs.append(pair)
+            if pair not in self._pairs:  # it was cut meanwhile
+                client.close()
+                server.close()
+                continue
             pump = threading.Thread(target=self._pump, args=pair)
             self._threads.append(pump)
             pump.start()
@@ -232,6 +273,21 @@ class Broker:
 
     def __exit__(self, *error: object) -> None:
         self.stop()
+
+
+def _listens_at(port: int, process: int) -> bool:
+    """Whether it is this process that listens there, as the kernel tells."""
+    entries = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    # Local address, remote address, state (0A: listens), ...; the tenth is the inode.
+    inodes = {
+        fields[9]
+        for fields in map(str.split, entries)
+        if fields[1] == f"0100007F:{port:04X}" and fields[3] == "0A"
+    }
+    held = set()
+    with contextlib.suppress(OSError):  # it has ended, or closes something: then look again
+        held |= {os.readlink(link) for link in Path(f"/proc/{process}/fd").iterdir()}
+    return any(f"socket:[{inode}]" in held for inode in inodes)
 
 
 def _receive(peer: socket.socket) -> bytes:

@@ -12,9 +12,9 @@ is not: many users with grants, replicas, a keeper, clusters.
 The user ``reader`` may only read. A fault is set by ``/fault?kind=KIND&pattern=PATTERN&skip=N`` and
 befalls one statement that the pattern is found in, after the first N of them: ``drop`` cuts the
 connection before it is carried out, ``cut`` afterwards, ``hang`` carries it out and does not
-answer, ``pause`` answers after a second; ``&seconds=`` says for how long; a number answers with
-this HTTP status and a page, as a proxy does, without carrying it out. ``/faulted`` says whether it
-happened.
+answer, ``pause`` answers when it is told by ``/resume``; ``&seconds=`` says for how long at most; a
+number answers with this HTTP status and a page, as a proxy does, without carrying it out.
+``/faulted`` says whether it happened.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Engine(ThreadingHTTPServer):
     fault: Mapping[str, Any] | None = None
     faulted = False
     lock = threading.Lock()
+    resumed = threading.Event()
 
     def take_fault(self, statement: str) -> tuple[str | None, float]:
         with self.lock:
@@ -116,7 +117,10 @@ class Handler(BaseHTTPRequestHandler):
         if url.path == "/fault":
             self.server.fault = {**given, "skip": int(given.get("skip", "0"))}
             self.server.faulted = False
-        if url.path in ("/fault", "/faulted"):
+            self.server.resumed.clear()
+        if url.path == "/resume":
+            self.server.resumed.set()
+        if url.path in ("/fault", "/faulted", "/resume"):
             self.reply(200, str(int(self.server.faulted)).encode(), {})
             return
         user = self.user()
@@ -141,7 +145,10 @@ class Handler(BaseHTTPRequestHandler):
                 return
         if fault in ("hang", "pause"):
             self.server.faulted = True
-            time.sleep(seconds)
+            if fault == "hang":
+                time.sleep(seconds)
+            else:
+                self.server.resumed.wait(seconds)
         if fault in ("drop", "cut", "hang"):
             # It was noted before a pause: by now another one may be waited for.
             if fault != "hang":
@@ -250,9 +257,13 @@ class Server:
     def fault(self, kind: str, pattern: str, skip: int = 0, seconds: float | None = None) -> None:
         """Let one statement go wrong."""
         if seconds is None:
-            seconds = 20.0 if kind == "hang" else 1.0
+            seconds = 20.0 if kind == "hang" else 60.0
         given = {"kind": kind, "pattern": pattern, "skip": skip, "seconds": seconds}
         self._ask(f"fault?{urlencode(given)}")
+
+    def resume(self) -> None:
+        """Let the statement that pauses be answered."""
+        self._ask("resume")
 
     def faulted(self) -> bool:
         """Whether it did."""

@@ -555,6 +555,15 @@ def _free_port(taken: Collection[int]) -> int:
             return port
 
 
+@contextlib.contextmanager
+def closed_port() -> Iterator[int]:
+    """A port of the loopback that refuses connections; nobody else gets it within the block."""
+    with socket.socket() as held:  # bound, and not listening
+        held.bind(("127.0.0.1", 0))
+        port: int = held.getsockname()[1]
+        yield port
+
+
 def _launch(command: Sequence[str], output: Path) -> subprocess.Popen[bytes]:
     """Start a process that dies with this one; from any thread."""
     if sys.platform == "linux":

@@ -380,6 +380,7 @@ def test_a_worker_that_only_slept_cannot_write_any_more(server: Server, client: 
         while not server.faulted():
             time.sleep(0.02)
         sleeper.process.send_signal(signal.SIGSTOP)
+        server.resume()
 
         sink = open_sink(server.url("test"), timeout=30)
         sink.apply(plan_updates([owner(3, "u3")]))

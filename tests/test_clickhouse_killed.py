@@ -95,7 +95,7 @@ def main() -> None:
     client.close()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("strategy", "statement", "when"),
     [
@@ -120,9 +120,9 @@ def test_a_process_that_is_killed_leaves_what_again_completes(
     script = [sys.executable, __file__, str(tmp_path / "engine"), strategy]
 
     killed = subprocess.run(
-        [*script, statement, when], check=False, capture_output=True, timeout=140
+        [*script, statement, when], check=False, capture_output=True, timeout=180
     )
-    again = subprocess.run(script, check=False, capture_output=True, timeout=140, text=True)
+    again = subprocess.run(script, check=False, capture_output=True, timeout=180, text=True)
 
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert again.returncode == 0, again.stderr

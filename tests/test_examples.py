@@ -25,7 +25,7 @@ def kafka() -> Iterator[str]:
     """The brokers inside of librdkafka, which other processes reach too."""
     keeper = ck.Producer({"bootstrap.servers": "none", "test.mock.num.brokers": 1, "log_level": 0})
     yield ",".join(
-        f"{each.host}:{each.port}" for each in keeper.list_topics(timeout=10).brokers.values()
+        f"{each.host}:{each.port}" for each in keeper.list_topics(timeout=30).brokers.values()
     )
     del keeper
 
@@ -41,7 +41,7 @@ def event(message_id: str, **members: object) -> bytes:
     return json.dumps(body).encode()
 
 
-@pytest.mark.timeout(240)  # FastStream is long in coming up
+@pytest.mark.timeout(420)  # FastStream is long in coming up
 @pytest.mark.parametrize("name", ["kafka_worker.py", "faststream_worker.py"])
 def test_a_worker_of_ones_own_recognises(kafka: str, tmp_path: Path, name: str) -> None:
     """Events from Kafka, rows in a table: after the identify the earlier rows have the user."""
@@ -79,7 +79,7 @@ def test_a_worker_of_ones_own_recognises(kafka: str, tmp_path: Path, name: str) 
             stderr=output,
         )
     try:
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 300
         users: dict[str, str | None] = {}
         while set(users.values()) != {"u1"}:
             assert worker.poll() is None, log.read_text()
@@ -87,7 +87,7 @@ def test_a_worker_of_ones_own_recognises(kafka: str, tmp_path: Path, name: str) 
             time.sleep(0.1)
             users = dict(warehouse.execute("SELECT message_id, user_id FROM events"))
         worker.send_signal(signal.SIGTERM)
-        code = worker.wait(30)
+        code = worker.wait(60)
     finally:
         if worker.poll() is None:
             worker.kill()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 import urllib.request
 from contextlib import closing
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from mongod import _free_port
 from recognition.delivery import Deliverer, Destination
 from recognition.errors import ConfigurationError
 from recognition.graph import open_graph
@@ -34,13 +34,6 @@ def read(text: str) -> dict[tuple[str, ...], float]:
     }
 
 
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port: int = taken.getsockname()[1]
-        return port
-
-
 def test_metrics_say_what_came_in_went_out_and_waits(tmp_path: Path) -> None:
     """Counters of both sides, the outbox of each destination, lag, and rows that never came."""
     events = journey(5)
@@ -58,7 +51,7 @@ def test_metrics_say_what_came_in_went_out_and_waits(tmp_path: Path) -> None:
         )
         worker = Worker(Recognizer(graph, RULES), [], deliverer)
         metrics = Metrics(graph, worker, deliverer.served, every=0.0)
-        address = f"127.0.0.1:{free_port()}"
+        address = f"127.0.0.1:{_free_port(())}"
         server = metrics.serve(address)
         with delivering(deliverer):
             worker.take([*events, {"no": "event"}])

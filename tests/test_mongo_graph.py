@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from pymongo.database import Database
 from pymongo.read_concern import ReadConcern
 
 import mongod
-from mongod import Client, GivenServer, Server
+from mongod import Client, GivenServer, Server, closed_port
 from oracle import make_event
 from recognition.attribution import DAY, AttributionRules, Policy
 from recognition.errors import (
@@ -152,24 +151,15 @@ def test_an_older_server_is_refused(mongodb_url: str, monkeypatch: pytest.Monkey
     assert found.references == 0
 
 
-def closed_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
 @pytest.mark.parametrize("options", ["", "?replicaSet=rs0", "?directConnection=true"])
 def test_a_server_that_is_not_there_is_unavailable_in_time(options: str) -> None:
     """Within its timeout, and without the user, the password or the address in the text."""
-    port = closed_port()
-    url = f"mongodb://somebody:{SECRET}@127.0.0.1:{port}/graph{options}"
     began = time.monotonic()
-    with pytest.raises(GraphUnavailableError) as caught:
-        MongoGraph(url, timeout=0.5)
+    with closed_port() as port, pytest.raises(GraphUnavailableError) as caught:
+        MongoGraph(f"mongodb://somebody:{SECRET}@127.0.0.1:{port}/graph{options}", timeout=0.5)
     took = time.monotonic() - began
 
-    assert 0.4 < took < 5
+    assert 0.4 < took < 10
     assert caught.value.retryable
     assert caught.value.written is False
     assert "Nothing was written" in str(caught.value)
@@ -181,10 +171,14 @@ def test_a_server_that_is_not_there_is_unavailable_in_time(options: str) -> None
 def test_a_server_that_goes_away_is_unavailable_in_time() -> None:
     """Every call ends within its timeout, and the same call succeeds when the server is back."""
     row, claim = make_event("a", 1, "d1"), make_event("c", 2, "d1", user_id="u1")
-    with Server(cache_gb=0.25) as server, MongoGraph(server.url("graph"), timeout=0.5) as graph:
+    with (
+        Server(cache_gb=0.25) as server,
+        MongoGraph(f"{server.url('graph')}&serverSelectionTimeoutMS=500") as graph,
+    ):
         recognizer = Recognizer(graph)
         recognizer.process([row])
         server.kill(server.members[0])
+        graph._timeout = 0.5
         calls: list[Callable[[], object]] = [
             lambda: recognizer.process([claim]),
             lambda: recognizer.explain("a"),
@@ -204,7 +198,7 @@ def test_a_server_that_goes_away_is_unavailable_in_time() -> None:
         done = recognizer.process([claim])
         references = graph.stats().references
 
-    assert max(times) < 5, times
+    assert max(times) < 10, times
     assert all(error.retryable and error.written is False for error in errors)
     assert not any("127.0.0.1" in str(error) for error in errors)
     assert (done.updates, references) == (1, 1)
@@ -537,13 +531,12 @@ def put_updates(graph: Graph, count: int) -> None:
     assert done.updates == count
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 20) -> float:
-    """How long it took until the condition held, in seconds."""
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Until the condition holds."""
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < seconds
         time.sleep(0.02)
-    return time.monotonic() - began
 
 
 @pytest.mark.parametrize("days", [-1, 1])
@@ -551,14 +544,16 @@ def test_leases_go_by_the_clock_of_the_server(graph: MongoGraph, days: float) ->
     """A client whose clock is a day off neither takes what is leased nor leases for a day."""
     put_updates(graph, 2)
     graph.lease_updates(1, 600)
+    began = time.monotonic()
     with clock_shifted(days):
-        mine = graph.lease_updates(10, 0.5)
+        mine = graph.lease_updates(10, 3.0)
         hidden = graph.lease_updates(10, 600)
-    took = wait_for(lambda: graph.lease_updates(10, 600))
+    wait_for(lambda: graph.lease_updates(10, 600))
+    took = time.monotonic() - began
 
     assert len(mine) == 1
     assert hidden == []
-    assert 0.3 < took < 10
+    assert took > 2.5
 
 
 LEASING = """
@@ -833,14 +828,16 @@ def test_a_sweep_that_was_left_behind_is_done_by_whoever_works(
             Recognizer(graph).process([make_event("other", 1, "d2")])
             return owners(graph)["between"] is not None
 
+        began = time.monotonic()
         with clock_shifted(days):
             early = work()
-        took = wait_for(work)
+        wait_for(work)
+        took = time.monotonic() - began
         left = sweeps(graph)
         after = owners(graph)
 
     assert not early
-    assert 0.4 < took < 10
+    assert took > 0.5
     assert left == 0
     assert after == {"before": "u1", "between": "u1"}
 

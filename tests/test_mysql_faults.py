@@ -87,7 +87,7 @@ def _deadlocks(database: Database) -> int:
     return int(count)
 
 
-@pytest.mark.timeout(120 + 10 * RUNS)
+@pytest.mark.timeout(300 + 10 * RUNS)
 def test_processes_with_overlapping_windows_and_a_pipeline_that_inserts(
     database: Database,
 ) -> None:
@@ -139,7 +139,7 @@ def test_processes_with_overlapping_windows_and_a_pipeline_that_inserts(
     assert _deadlocks(database) == before
 
 
-@pytest.mark.timeout(120 + 20 * POINTS)  # two processes are started for each point
+@pytest.mark.timeout(300 + 20 * POINTS)  # two processes are started for each point
 def test_a_client_that_is_killed_at_any_point(database: Database) -> None:
     """SIGKILL at random points, then the same window by another process: rows as if undisturbed."""
     random = Random(1)
@@ -168,7 +168,7 @@ def test_a_client_that_is_killed_at_any_point(database: Database) -> None:
     assert survived < POINTS
 
 
-@pytest.mark.timeout(120 + 10 * POINTS)
+@pytest.mark.timeout(300 + 10 * POINTS)
 def test_a_connection_that_is_cut_at_any_point(database: Database) -> None:
     """KILL CONNECTION before or after any statement or at the commit: rows as if undisturbed."""
     random = Random(2)
@@ -212,7 +212,7 @@ def test_a_connection_that_is_cut_at_any_point(database: Database) -> None:
     assert len(cut) > POINTS // 2
 
 
-@pytest.mark.timeout(120 + 10 * POINTS)
+@pytest.mark.timeout(300 + 10 * POINTS)
 def test_a_network_that_breaks_at_any_point(database: Database) -> None:
     """A connection that is cut at any message, before or after it arrived: rows as if never."""
     random = Random(3)
@@ -252,25 +252,26 @@ def test_a_client_that_stands_still_in_a_transaction(
     plan = plan_updates(window)
     _make_table(database, "events", make_rows())
     stopped, wake = threading.Event(), threading.Event()
+    began: list[float] = []
     with closing(open_sink(database.url)) as one, closing(open_sink(database.url)) as other:
         assert isinstance(one, MysqlSink)
 
         @sa.event.listens_for(one._engine, "after_cursor_execute")
         def stand_still(connection: sa.Connection, _: Any, statement: str, *rest: Any) -> None:
             if statement.startswith("UPDATE") and not stopped.is_set():
+                began.append(time.monotonic())
                 stopped.set()
                 wake.wait(60)
 
         thread = threading.Thread(target=one.apply, args=(plan,))
         thread.start()
         assert stopped.wait(30)
-        began = time.monotonic()
         other.apply(plan)
-        waited = time.monotonic() - began
+        waited = time.monotonic() - began[0]
         found = database.column("stitched_user_id", "events")
         wake.set()
         thread.join(60)
 
     assert not thread.is_alive()
-    assert 0.5 < waited < 20
+    assert 0.5 < waited < 40
     assert found == database.column("stitched_user_id", "events") == expect(window)

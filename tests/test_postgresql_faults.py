@@ -73,7 +73,7 @@ def _column(versioned: bool) -> str:
     return "user_id" if versioned else "stitched_user_id"
 
 
-@pytest.mark.timeout(120 + 10 * RUNS)
+@pytest.mark.timeout(300 + 10 * RUNS)
 def test_processes_with_overlapping_windows_and_a_pipeline_that_inserts(
     database: Database,
 ) -> None:
@@ -146,7 +146,7 @@ def test_plans_of_several_tables_do_not_deadlock(database: Database) -> None:
     assert _deadlocks(database) == 0
 
 
-@pytest.mark.timeout(120 + 5 * POINTS)
+@pytest.mark.timeout(300 + 5 * POINTS)
 def test_a_client_that_is_killed_at_any_point(database: Database) -> None:
     """SIGKILL at random points, then the same window by another process: rows as if undisturbed."""
     random = Random(1)
@@ -179,7 +179,7 @@ def test_a_client_that_is_killed_at_any_point(database: Database) -> None:
     assert survived < POINTS
 
 
-@pytest.mark.timeout(120 + 5 * POINTS)
+@pytest.mark.timeout(300 + 5 * POINTS)
 def test_a_session_that_is_ended_at_any_point(database: Database) -> None:
     """`pg_terminate_backend` before, in, after any statement or at the commit: rows as if never."""
     random = Random(2)
@@ -250,27 +250,28 @@ def test_a_client_that_stands_still_in_a_transaction(
     window = make_window(Random(7), "events", False, size=40)
     _make_table(database, "events", make_rows())
     stopped, wake = threading.Event(), threading.Event()
+    began: list[float] = []
     with closing(open_sink(database.url)) as one, closing(open_sink(database.url)) as other:
         assert isinstance(one, PostgresqlSink)
 
         @sa.event.listens_for(one._engine, "after_cursor_execute")
         def stand_still(connection: sa.Connection, _: Any, statement: str, *rest: Any) -> None:
             if statement.startswith("UPDATE") and not stopped.is_set():
+                began.append(time.monotonic())
                 stopped.set()
                 wake.wait(60)
 
         thread = threading.Thread(target=insist, args=(one, window))
         thread.start()
         assert stopped.wait(30)
-        began = time.monotonic()
         insist(other, window)
-        waited = time.monotonic() - began
+        waited = time.monotonic() - began[0]
         found = database.column(_column(False), "events")
         wake.set()
         thread.join(60)
 
     assert not thread.is_alive()
-    assert 0.5 < waited < 20
+    assert 0.5 < waited < 40
     assert found == database.column(_column(False), "events") == expect(window)
 
 
@@ -285,7 +286,7 @@ def _end_when_active(database: Database, pid: int) -> None:
         pass
 
 
-@pytest.mark.timeout(120 + 5 * POINTS)
+@pytest.mark.timeout(300 + 5 * POINTS)
 def test_a_network_that_breaks_at_any_point(database: Database) -> None:
     """A connection that is cut at any message, before or after it arrived: rows as if never."""
     random = Random(3)

@@ -450,14 +450,16 @@ def test_a_graph_is_made_while_another_worker_makes_it(
 class Quicker(monitoring.CommandListener):
     """Claims the same device whenever a decision is about to write, which then begins again."""
 
-    def __init__(self, rival: Recognizer) -> None:
-        self._rival = rival
+    def __init__(self, graph: MongoGraph) -> None:
+        self._graph = graph
+        self._rival = Recognizer(graph)
         self.won = self.lost = 0
 
     def started(self, event: monitoring.CommandStartedEvent) -> None:
         if event.command_name != "update" or event.command["update"] != "subjects":
             return
         if mongo._GRABBED in str(event.command["updates"][0]["u"].get("$set", {})):
+            self._graph._timeout = 0.3  # from now on it waits in vain
             return  # it takes its locks, before it has read anything
         number = self.won + self.lost
         claim = make_event(f"rival-{number}", 100 + number, "d1", user_id=f"rival-{number}")
@@ -478,13 +480,12 @@ def test_a_decision_is_not_beaten_forever_by_quicker_ones(
     mongodb: GivenServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who has begun again twice locks first: then it is the others who begin again."""
-    with mongodb.database() as url, MongoGraph(url, timeout=0.3) as other:
-        rival = Recognizer(other)
-        rival.process([make_event("first", 1, "d1", user_id="u0")])
-        quicker = Quicker(rival)
+    with mongodb.database() as url, MongoGraph(url) as other:
+        Recognizer(other).process([make_event("first", 1, "d1", user_id="u0")])
+        quicker = Quicker(other)
         client = partial(mongo.MongoClient, event_listeners=[quicker])
         monkeypatch.setattr(mongo, "MongoClient", client)
-        with MongoGraph(url, timeout=20) as graph:
+        with MongoGraph(url, timeout=60) as graph:
             done = Recognizer(graph).process([make_event("mine", 50, "d1", user_id="u1")])
             kept = graph._db["subjects"].count_documents({mongo._GRABBED: {"$exists": True}})
 

@@ -282,7 +282,7 @@ def test_worker_that_is_killed_again_and_again_leaves_the_rows_of_one_that_lived
         # Steps are SQL statements on the graph and on the sinks, in the order of their beginning.
         step = int(4 ** draw.uniform(0, 5.2)) if killed < KILLS else 0
         with process(HERE / "crashing.py", step, *arguments) as worker:
-            _, said = worker.communicate(timeout=100)
+            _, said = worker.communicate(timeout=250)
         killed += worker.returncode == -signal.SIGKILL
         assert worker.returncode in (0, -signal.SIGKILL), said
         if not step:
@@ -292,7 +292,7 @@ def test_worker_that_is_killed_again_and_again_leaves_the_rows_of_one_that_lived
             write_files(tmp_path / "in", [e for e in more if number % 2 or not e.known], 1)
     time.sleep(0.6)
     with process(HERE / "crashing.py", 0, *arguments) as worker:
-        _, said = worker.communicate(timeout=100)
+        _, said = worker.communicate(timeout=250)
     with closing(open_graph(f"sqlite:///{tmp_path}/graph.db")) as graph:
         stats = graph.stats()
 
