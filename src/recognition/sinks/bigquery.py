@@ -314,7 +314,9 @@ class BigquerySink(MergingSink):
 
     def noted_name(self, target: Target) -> str:
         """With project and dataset, however they were given."""
-        return ".".join((self._project, self._dataset, *target.parts)[-3:])
+        *holders, _ = target.parts
+        before = (self._project,) if holders else (self._project, self._dataset)
+        return ".".join((*before, *target.parts)[-3:])
 
     def assume(self, kind: str, name: str) -> Column:
         """As `load` makes it."""

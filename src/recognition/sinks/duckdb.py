@@ -17,6 +17,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any, ClassVar, cast
@@ -24,7 +25,7 @@ from typing import Any, ClassVar, cast
 import duckdb
 import sqlalchemy as sa
 from sqlalchemy.dialects import registry
-from sqlalchemy.dialects.postgresql.base import PGDialect
+from sqlalchemy.dialects.postgresql.base import PGDialect, PGIdentifierPreparer
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.ext.compiler import compiles
@@ -98,7 +99,8 @@ class DuckdbSink(SqlSink):
             return None
         asked = [None] * (3 - len(parts)) + [part.lower() for part in parts]
         found = connection.exec_driver_sql(
-            "SELECT database_name, schema_name, table_name, sql, is_view FROM ("
+            "SELECT database_name, schema_name, table_name, sql, is_view,"
+            " current_database() AS own_database, current_schema() AS own_schema FROM ("
             "  SELECT database_name, schema_name, table_name, sql, false AS is_view, temporary"
             "    FROM duckdb_tables()"
             "  UNION ALL SELECT database_name, schema_name, view_name, sql, true, temporary"
@@ -121,12 +123,19 @@ class DuckdbSink(SqlSink):
             for row in rows
         ]
         real = (found.database_name, found.schema_name, found.table_name)
-        return Target(
+        own = (found.own_database, found.own_schema)
+        short = 2 if real[:2] == own else 1 if real[0] == own[0] else 0
+        return _Target(
             parts=real[3 - len(parts) :],
             columns={column.name.lower(): column for column in columns},
             collated="collate" in (found.sql or "").lower(),
             view=found.is_view,
+            noted=".".join(real[short:]),
         )
+
+    def noted_name(self, target: Target) -> str:
+        """With schema and database as far as they are not the ledger's own."""
+        return target.noted if isinstance(target, _Target) else super().noted_name(target)
 
     def list_tables(self, connection: sa.Connection) -> Sequence[str]:
         """Those of the current schema."""
@@ -247,6 +256,18 @@ class DuckdbSink(SqlSink):
         if isinstance(error, duckdb.ConstraintException):
             return TableError("a constraint of a table refused the rows; all was rolled back")
         return SinkError(f"DuckDB refused a statement ({name}); all was rolled back")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Target(Target):
+    """
+    A table of DuckDB.
+
+    Args:
+        noted: By which the ledger knows it, however it was asked for.
+    """
+
+    noted: str
 
 
 class _OfDuckdb(sa.types.UserDefinedType[Any]):
@@ -437,12 +458,19 @@ class _Cursor:
         self._gives_rows = False
 
 
+class _Preparer(PGIdentifierPreparer):
+    def quote_schema(self, schema: str, force: Any = None) -> str:
+        """A schema may have its database before it; no name has a point in it."""
+        return ".".join(map(self.quote, schema.split(".")))
+
+
 class DuckdbDialect(PGDialect):
     """How SQLAlchemy talks to DuckDB: PostgreSQL's SQL, DuckDB's driver."""
 
     name = "recognition_duckdb"
     driver = "duckdb"
     default_paramstyle = "qmark"
+    preparer = _Preparer
     supports_statement_cache = True
 
     @classmethod

@@ -97,6 +97,22 @@ class Spared(NamedTuple):
     extras: str
 
 
+class Note(NamedTuple):
+    """A line of the ledger, with the ``position`` of what it was found by."""
+
+    position: int
+    sequence: int
+    update_id: str
+    columns: str
+    empty: str
+    message_column: str
+    message_id: str
+    extras: str
+    time_column: str
+    starts: int | None
+    ends: int | None
+
+
 class Later(NamedTuple):
     """By row of a step: what later updates took of it, and which single rows they took."""
 
@@ -195,6 +211,54 @@ def later_of(step: Step, target: Target, notes: Iterable[Any]) -> Later:
             note = Spared(cover.columns, later.columns, later.message_column, later.extras)
             spared[later.position].append(note)
     return Later(covers, spared)
+
+
+def spread_notes(
+    step: Step, target: Target, notes: Iterable[Note], asks: Sequence[int]
+) -> Iterator[Note]:
+    """
+    By row of a step the notes of other updates that may take something from it.
+
+    A note of a message is one of the row that is compared with its id. Of a row that is compared
+    with none it does not matter which message is meant, and all notes of an update are one.
+
+    Args:
+        notes: With the position of what asked for them.
+        asks: By row of the step, the position of what asked for it.
+    """
+    compared = [
+        (place, target.column(name)) for place, name in enumerate(step.shape.equals) if place
+    ]
+    names = {column.name for _, column in compared}
+    named: defaultdict[tuple[int, str, str], list[Note]] = defaultdict(list)
+    others: defaultdict[int, defaultdict[str, dict[Note, None]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
+    for note in notes:
+        if note.message_column in names:
+            named[note.position, note.message_column, note.message_id].append(note)
+        else:
+            one = note._replace(message_id="")
+            others[note.position][note.update_id].setdefault(one)
+    if not named and not others:
+        return
+    for place, (row, asked) in enumerate(zip(step.rows, asks, strict=True)):
+        for update_id, found in others.get(asked, {}).items():
+            if update_id != row.update_id:
+                for note in found:
+                    yield note._replace(position=place)
+        for equal, column in compared:
+            value = row.equals[equal]
+            if not isinstance(value, str):
+                continue  # ids of messages are texts
+            for note in named.get((asked, column.name, text_of(column, value)), ()):
+                if note.update_id != row.update_id:
+                    yield note._replace(position=place, message_id=value)
+
+
+def text_of(column: Column, message_id: str) -> str:
+    """The id as the ledger has it of this column: a UUID as databases write it."""
+    return str(UUID(message_id)) if column.kind == "uuid" else message_id
 
 
 def cut_and_spare(

@@ -63,12 +63,14 @@ from recognition.planner import (
     Shape,
     Step,
     Value,
+    distinguish,
 )
 from recognition.sinks import Applied, AppliedStep, Capabilities
 from recognition.sinks.rows import (
     KINDS,
     Column,
     Later,
+    Note,
     Spared,
     convert,
     cut_and_spare,
@@ -80,11 +82,16 @@ from recognition.sinks.rows import (
     note_extras,
     refuse_value,
     show_time,
+    spread_notes,
+    text_of,
 )
 from recognition.sinks.rows import Target as _Target
 
 _DAY = 86_400 * 1_000_000
 _PRUNING = 86_400.0  # seconds: a worker may run for months
+
+# So many rows ask the ledger each for themselves: their notes are not worth a stage more.
+_FEW = 100
 
 _Expression = sa.ColumnElement[Any]
 _Condition = sa.ColumnElement[bool]
@@ -838,16 +845,18 @@ class SqlSink(ABC):
         if not step.shape.versioned:
             self._open_ledger(transaction)
         stage = self._stage(transaction, step, target)
+        asked = _Asked(stage, range(len(step.rows)))
         later, noted = None, _Noted.NOTHING
         if not step.shape.versioned:
-            later, noted = self._find_later(transaction, stage, step, target)
+            asked = self._ask(transaction, asked, step, target)
+            later, noted = self._find_later(transaction, asked, step, target)
         parts = [_Part(step, stage, frozenset(), noted)]
         if later is not None and any(later):
             parts = [
                 _Part(part, self._stage(transaction, part, target), spare, noted)
                 for part, spare in cut_and_spare(step, *later)
             ]
-        return _PreparedStep(step, target, stage, later, parts, time.perf_counter() - started)
+        return _PreparedStep(step, target, asked, later, parts, time.perf_counter() - started)
 
     def _apply(self, transaction: Transaction, plan: _PreparedPlan) -> Applied:
         done: list[AppliedStep] = []
@@ -862,7 +871,7 @@ class SqlSink(ABC):
                 if prepared.later is None:
                     continue
                 later, noted = self._find_later(
-                    transaction, prepared.stage, prepared.step, prepared.target
+                    transaction, prepared.asked, prepared.step, prepared.target
                 )
                 if prepared.later != later:
                     raise _LedgerMovedError(
@@ -1188,11 +1197,37 @@ class SqlSink(ABC):
     def _constant_text(self, text: str) -> _Expression:
         return sa.cast(sa.literal(text, self.text), self.text)
 
+    def _ask(self, transaction: Transaction, whole: _Asked, step: Step, target: Target) -> _Asked:
+        """
+        By which rows of the step the ledger is asked: by one for each key, where they share few.
+
+        All notes of a key come with each row that asks for them: of an update that names 10,000
+        messages of a device, and was noted before, that would be 10,000 times 10,000.
+        """
+        if len(step.rows) <= _FEW:
+            return whole
+        first: dict[tuple[str, object], int] = {}
+        for place, row in enumerate(step.rows):
+            key = (row.workspace, distinguish(row.equals[0]))
+            least = first.setdefault(key, place)
+            if row.sequence < step.rows[least].sequence:
+                first[key] = place
+        if 2 * len(first) > len(step.rows):
+            return whole
+        number = {key: n for n, key in enumerate(first)}
+        return _Asked(
+            self._stage(
+                transaction, replace(step, rows=tuple(step.rows[n] for n in first.values())), target
+            ),
+            [number[row.workspace, distinguish(row.equals[0])] for row in step.rows],
+        )
+
     def _find_later(
-        self, transaction: Transaction, stage: sa.FromClause, step: Step, target: Target
+        self, transaction: Transaction, asked: _Asked, step: Step, target: Target
     ) -> tuple[Later, _Noted]:
         """What later updates took of the step's rows, and what of the step itself is noted."""
-        notes: Sequence[Any] = transaction.execute(
+        stage, asks = asked
+        found: Sequence[Any] = transaction.execute(
             sa.select(
                 stage.c.position,
                 LEDGER.c.sequence,
@@ -1210,18 +1245,17 @@ class SqlSink(ABC):
             )
             .order_by(stage.c.position, LEDGER.c.sequence, LEDGER.c.update_id, LEDGER.c.starts)
         ).all()
-        own: set[tuple[object, ...]] = set()
-        others = []
-        for note in notes:
-            position, _, update_id, *noted = note
-            if update_id == step.rows[position].update_id:
-                own.add((position, *noted))
-            else:
-                others.append(note)
+        notes = [Note(*note) for note in found]
+        own = {(note.position, note.update_id) for note in notes}
         noted = _Noted.NOTHING
-        if own:
-            noted = _Noted.ALL if own.issuperset(_notes(step, target)) else _Noted.SOME
-        return later_of(step, target, others), noted
+        if any((asks[place], row.update_id) in own for place, row in enumerate(step.rows)):
+            there = {(note.position, note.update_id, *note[3:]) for note in notes}
+            every = there.issuperset(
+                (asks[place], step.rows[place].update_id, *line)
+                for place, line in _notes(step, target)
+            )
+            noted = _Noted.ALL if every else _Noted.SOME
+        return later_of(step, target, spread_notes(step, target, notes, asks)), noted
 
     def _same_key(self, stage: sa.FromClause, step: Step, target: Target) -> tuple[_Condition, ...]:
         return (
@@ -1628,12 +1662,19 @@ class _Part(NamedTuple):
     noted: _Noted = _Noted.NOTHING
 
 
+class _Asked(NamedTuple):
+    """The stage that the ledger is asked by, and for each row of the step, which of its rows."""
+
+    stage: sa.FromClause
+    asks: Sequence[int]
+
+
 class _PreparedStep(NamedTuple):
-    """A step with its stage, and what is to be carried out of it."""
+    """A step with what the ledger is asked by, and what is to be carried out of it."""
 
     step: Step
     target: Target
-    stage: sa.FromClause
+    asked: _Asked
     later: Later | None
     parts: list[_Part]
     seconds: float
@@ -1709,7 +1750,7 @@ _NOTED = (
 )
 
 
-def _notes(step: Step, target: Target) -> Iterator[tuple[object, ...]]:
+def _notes(step: Step, target: Target) -> Iterator[tuple[int, tuple[object, ...]]]:
     """What the ledger holds of the step when it was applied: position in it, and `_NOTED`."""
     shape = step.shape
     place = _named_by(shape)
@@ -1719,9 +1760,9 @@ def _notes(step: Step, target: Target) -> Iterator[tuple[object, ...]]:
     noted = zip(step.rows, note_extras(step, target), strict=True)
     for position, (row, extras) in enumerate(noted):
         if extras is not None:
-            message = row.equals[place] if place else ""
+            message = text_of(target.column(named), str(row.equals[place])) if place else ""
             ends = row.intervals[0] if shape.times else (None, None)
-            yield (position, sets, empty, named, message, extras, time_column, *ends)
+            yield position, (sets, empty, named, message, extras, time_column, *ends)
 
 
 def _named_stage(
