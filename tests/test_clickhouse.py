@@ -848,6 +848,47 @@ def test_a_window_reads_few_of_many_notes(opened: Opened) -> None:
     assert of_key <= 8_192 * 2
 
 
+def test_messages_of_one_device_meet_each_note_once(opened: Opened) -> None:
+    """Many messages that come late are compared with as many notes, and not each with all."""
+    opened.table()
+    count = 300
+    opened.rows(*(row(f"m{n}", "a1", n) for n in range(count + 1)))
+    refs = tuple((f"m{n}", at(n)) for n in range(count + 1))
+    named = Messages(id_column="message_id", time_column="timestamp", refs=refs)
+    fewer = named.model_copy(update={"refs": refs[:-1]})
+    sink = opened.sink()
+    sink.apply(plan_updates([update(2, {"user_id": "B"}, device("a1"), fewer)]))
+    sent: list[int] = []
+
+    def rows(statement: Any) -> Any:
+        found = type(sink._server).rows(sink._server, statement)
+        if "DISTINCT staged.position" in statement.render()[0]:
+            sent.append(len(found))
+        return found
+
+    sink._server.rows = rows
+
+    sink.apply(plan_updates([update(1, {"user_id": "A"}, device("a1"), named)]))
+
+    users = opened.column("user_id")
+    assert sent == [count]
+    assert {name for name, user in users.items() if user != "B"} == {f"m{count}"}
+    assert users[f"m{count}"] == "A"
+
+
+def test_ids_that_are_uuids_are_the_same_in_any_spelling(opened: Opened) -> None:
+    """What a later update named by a UUID in capitals, as iOS writes them, an older one leaves."""
+    opened.table(EVENTS.replace("message_id String", "message_id UUID"))
+    name = "00000000-0000-0ABC-0000-000000000000"
+    opened.rows(row(name, "a1", 1))
+    named = Messages(id_column="message_id", time_column="timestamp", refs=((name, at(1)),))
+
+    opened.apply(update(2, {"user_id": "B"}, device("a1"), named))
+    opened.apply(update(1, {"user_id": "A"}, device("a1"), named))
+
+    assert [*opened.column("user_id").values()] == ["B"]
+
+
 def test_messages_prune_by_their_days(opened: Opened) -> None:
     """Messages reach their rows in a table that is sorted by day, across zones and midnights."""
     opened.table(EVENTS.replace("'UTC'", "'America/New_York'"))

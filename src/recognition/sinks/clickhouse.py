@@ -110,6 +110,7 @@ from recognition.sinks.clickhouse_statements import (
 from recognition.sinks.rows import (
     Column,
     Later,
+    Note,
     Spared,
     cut_and_spare,
     joined,
@@ -940,7 +941,12 @@ class ClickhouseSink:
     def _find_later(
         self, window: _Window, table: Table, step: Step
     ) -> tuple[Later, dict[tuple[object, ...], list[str]]]:
-        """What later updates took of the step's rows, and the messages that are to be spared."""
+        """
+        What later updates took of the step's rows, and the messages that are to be spared.
+
+        A row that names a message is compared with the notes of this message, and with those that
+        name none: with each note of its device it would be 10,000 times 10,000.
+        """
         about = sql(
             "table_name = % AND key_column = % AND ledger.sequence >= %",
             Parameter("String", table.parts[1]),
@@ -957,6 +963,15 @@ class ClickhouseSink:
             ("update_id", "String"),
             ("workspace", "String"),
             ("key_value", "String"),
+            ("message_id", "String"),
+        ]
+        message_column, message_place, message_ids = _message_texts(table, step)
+        asked = [
+            (position, row.sequence, row.update_id, row.workspace, key, message)
+            for position, (row, key, message_id) in enumerate(
+                zip(step.rows, _key_texts(table, step), message_ids, strict=True)
+            )
+            for message in {"", message_id}
         ]
         self._server.run(
             sql(
@@ -969,13 +984,7 @@ class ClickhouseSink:
             table.database,
             name,
             columns,
-            [
-                list(range(len(step.rows))),
-                [row.sequence for row in step.rows],
-                [row.update_id for row in step.rows],
-                [row.workspace for row in step.rows],
-                _key_texts(table, step),
-            ],
+            [list(each) for each in zip(*asked, strict=True)],
         )
         found = self._server.rows(
             sql(
@@ -984,22 +993,28 @@ class ClickhouseSink:
                 " ledger.extras, ledger.time_column, ledger.starts, ledger.ends"
                 " FROM % AS ledger INNER JOIN % AS staged"
                 " ON ledger.key_value = staged.key_value AND ledger.workspace = staged.workspace"
+                " AND if(ledger.message_column = %, ledger.message_id, '') = staged.message_id"
                 " WHERE % AND ledger.key_value IN (SELECT key_value FROM %)"
                 " AND ledger.sequence >= staged.sequence AND ledger.update_id != staged.update_id"
                 " ORDER BY 1, 2, 3, 10",
                 ledger,
                 table.beside(name),
+                Parameter("String", message_column),
                 about,
                 table.beside(name),
             )
         )
-        notes = [
-            _Note(*line)._replace(
-                starts=None if line[-2] == FLOOR else line[-2],
-                ends=None if line[-1] == CEILING else line[-1],
+        notes = []
+        for note in map(Note._make, found):
+            start, end = note.starts, note.ends
+            note = note._replace(
+                starts=None if start == FLOOR else start, ends=None if end == CEILING else end
             )
-            for line in found
-        ]
+            if message_column and note.message_column == message_column and note.message_id:
+                # As the row spells it: the ledger has a UUID as ClickHouse writes it.
+                named = step.rows[note.position].equals[message_place]
+                note = note._replace(message_id=cast(str, named))
+            notes.append(note)
         later = later_of(step, table, notes)
         spared: defaultdict[tuple[object, ...], list[str]] = defaultdict(list)
         for note in notes:
@@ -1014,12 +1029,8 @@ class ClickhouseSink:
         """Note what the step's updates take."""
         shape = step.shape
         message_column, message_ids = "", [""] * len(step.rows)
-        if shape.messages is not None and not shape.speaks_for_interval:
-            place = shape.equals.index(shape.messages[0])
-            if place > 0:
-                column = table.column(shape.messages[0])
-                message_column = column.name
-                message_ids = [_key_text(column, row.equals[place]) for row in step.rows]
+        if not shape.speaks_for_interval:
+            message_column, _, message_ids = _message_texts(table, step)
         now = int(time.time())
         common = (table.parts[1], table.column(shape.key).name)
         set_columns, empty = joined(shape.columns, table), joined(shape.empty, table)
@@ -1469,22 +1480,6 @@ _LEDGER_COLUMNS: Sequence[tuple[str, str]] = (
 )
 
 
-class _Note(NamedTuple):
-    """A line of the ledger, with the place of the row of the step that it bears on."""
-
-    position: int
-    sequence: int
-    update_id: str
-    columns: str
-    empty: str
-    message_column: str
-    message_id: str
-    extras: str
-    time_column: str
-    starts: int | None
-    ends: int | None
-
-
 class _Survey(NamedTuple):
     """
     A table's parts and mutations.
@@ -1826,6 +1821,17 @@ def _key_texts(table: Table, step: Step) -> list[str]:
     """The keys as the ledger has them."""
     column = table.column(step.shape.key)
     return [_key_text(column, row.equals[0]) for row in step.rows]
+
+
+def _message_texts(table: Table, step: Step) -> tuple[str, int, list[str]]:
+    """Where the step's rows name messages beside their key: the column, its place, and the ids."""
+    if step.shape.messages is not None:
+        place = step.shape.equals.index(step.shape.messages[0])
+        if place > 0:
+            column = table.column(step.shape.messages[0])
+            ids = [_key_text(column, row.equals[place]) for row in step.rows]
+            return column.name, place, ids
+    return "", 0, [""] * len(step.rows)
 
 
 def _key_text(column: Column, value: Value) -> str:
