@@ -22,6 +22,7 @@ import confluent_kafka as ck
 import pytest
 
 from broker import OPTIONS, Broker, MissingBrokerError
+from mongod import _free_port
 from recognition.errors import (
     ConfigurationError,
     GraphSchemaError,
@@ -207,6 +208,20 @@ def running(run: Callable[[threading.Event], None]) -> Iterator[list[BaseExcepti
 def source_of(cluster: Cluster, topic: str, group: str = "g", **options: Any) -> KafkaSource:
     given = {"linger": 0.1, "pauses": (0.05, 0.2), "options": OPTIONS, **options}
     return KafkaSource(cluster.servers, [topic], f"{group}-{topic}", **given)
+
+
+def test_a_broker_finds_its_port_taken(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the stand-in: if another broker has the port by then, it takes another, and its own."""
+    ports = [broker._port, _free_port(())]
+    expected = ports[-1]
+    monkeypatch.setattr("broker._free_port", lambda taken: ports.pop(0))
+    topic = "t-of-one-alone"
+    with Broker() as other:
+        other.create(topic)
+        topics = broker.admin.list_topics(timeout=30).topics
+
+    assert other._port == expected
+    assert topic not in topics
 
 
 # Events in --------------------------------------------------------------------------------------
