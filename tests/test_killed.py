@@ -279,12 +279,13 @@ def test_worker_that_is_killed_at_any_moment(
         began = time.monotonic()
         with working(config, log) as worker:
             # As long as it took to import everything, which a busy machine makes longer as well.
-            took = time.monotonic() - began
+            longest = 1.5 * (time.monotonic() - began)
             if feed.endless and draw.random() < 0.8:  # mostly when it is one of the group
                 while feed.left() == before:
                     assert worker.poll() is None, log.read_text()
                     time.sleep(0.01)
-            time.sleep(1.5 * draw.random() * took)
+                longest /= 6  # it is at work by now, and soon is not
+            time.sleep(longest * draw.random())
             assert worker.poll() is None, log.read_text()
             worker.send_signal(signal.SIGKILL)
             worker.wait(30)
