@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -31,6 +30,7 @@ from google.cloud.bigquery import dbapi
 
 from bigquery_server import Server, open_server
 from golden_windows import check_golden, windows
+from mongod import closed_port
 from recognition.errors import (
     ConfigurationError,
     OutcomeUnknownError,
@@ -654,17 +654,16 @@ def test_the_key_is_nowhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     key = generate_private_key(65537, 2048).private_bytes(
         Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
     )
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        nobody = f"http://127.0.0.1:{taken.getsockname()[1]}/token"
     account = {"type": "service_account", "client_email": "loader@p1.example.com"}
-    account |= {"private_key": key.decode(), "private_key_id": "s3cr3t", "token_uri": nobody}
+    account |= {"private_key": key.decode(), "private_key_id": "s3cr3t"}
     file = tmp_path / "key.json"
-    file.write_text(json.dumps(account))
-    sink = open_sink(f"bigquery://p1/d1?credentials_path={file}", timeout=0)
-    began = time.monotonic()
+    with closed_port() as port:
+        file.write_text(json.dumps({**account, "token_uri": f"http://127.0.0.1:{port}/token"}))
+        sink = open_sink(f"bigquery://p1/d1?credentials_path={file}", timeout=0)
+        began = time.monotonic()
 
-    with pytest.raises(SinkUnavailableError) as caught:
-        apply(sink, update(1, {"user_id": "u1"}, device("a1")))
+        with pytest.raises(SinkUnavailableError) as caught:
+            apply(sink, update(1, {"user_id": "u1"}, device("a1")))
 
     shown = [repr(sink), repr(vars(sink)), caplog.text, spoken(caught.value)]
     lines = key.decode().splitlines()[1:-1]

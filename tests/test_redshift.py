@@ -18,6 +18,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 
+from mongod import closed_port
 from postgres import GivenServer
 from recognition.errors import (
     ConfigurationError,
@@ -658,12 +659,11 @@ def test_two_sinks_at_once(opened: Opened, database: Database) -> None:
 
 def test_an_unreachable_server_is_said(url: str, opened: Opened) -> None:
     """A server that does not answer is an error that a retry may mend, without the password."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    lost = make_url(url).set(port=port).render_as_string(hide_password=False)
+    with closed_port() as port:
+        lost = make_url(url).set(port=port).render_as_string(hide_password=False)
 
-    with pytest.raises(SinkUnavailableError, match="cannot be reached") as caught:
-        apply(opened(lost, timeout=0.0), update(1, {"user_id": "u1"}, device("a1")))
+        with pytest.raises(SinkUnavailableError, match="cannot be reached") as caught:
+            apply(opened(lost, timeout=0.0), update(1, {"user_id": "u1"}, device("a1")))
 
     assert caught.value.retryable
     assert str(make_url(url).password) not in str(caught.value)
