@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import re
-import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -417,12 +416,12 @@ def test_an_s3_that_does_not_answer_is_said(
 ) -> None:
     """Where S3 cannot be reached a retry may help."""
     database.write("events", [row("m1", "a1", 1)])
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with closed_port() as port:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
 
-    with pytest.raises(SinkUnavailableError, match="S3 cannot be reached") as caught:
-        apply(opened(f"{url}&s3=s3://{by_bucket}"), *many(3))
+        with pytest.raises(SinkUnavailableError, match="S3 cannot be reached") as caught:
+            apply(opened(f"{url}&s3=s3://{by_bucket}"), *many(3))
 
     assert caught.value.retryable
     assert database.column("stitched_user_id") == {"m1": None}
