@@ -976,3 +976,110 @@ def test_window_whose_lease_has_ended_is_not_given_back(
         deliverer.run(Pauses(1))
 
     assert bool(graph.lease_updates(10, 60.0, "w")) == (not lost)
+
+
+@pytest.mark.parametrize("answers", ["outbox", "fill"])
+def test_circuit_closes_when_what_had_failed_answers(
+    graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: str
+) -> None:
+    """Also where nothing waits to be applied: else an alarm would last until the next update."""
+    warehouse = Warehouse(tmp_path).make()
+    warehouse.put(journey(1))
+    fill_graph(graph, journey(1))
+    failures = [SinkUnavailableError("away")] * CIRCUIT_OPENS if answers == "fill" else []
+    lease = graph.lease_updates
+    away = [GraphUnavailableError("away")] * CIRCUIT_OPENS if answers == "outbox" else []
+    opened: list[int] = []
+
+    def fail(_: Plan) -> None:
+        if failures:
+            raise failures.pop()
+
+    def lease_updates(*given: Any) -> Any:
+        opened.append(deliverer.served["w"].failing)
+        if away:
+            raise away.pop()
+        return lease(*given)
+
+    monkeypatch.setattr(graph, "lease_updates", lease_updates)
+    with closing(warehouse.sink()) as sink:
+        deliverer = deliverer_of(
+            graph,
+            Destination(name="w", sink=Around(sink, fail), settle=0.0),
+            rules=RULES if answers == "fill" else None,
+        )
+        with delivering(deliverer):
+            wait_until(lambda: max(opened, default=0) == CIRCUIT_OPENS)
+            wait_until(lambda: deliverer.served["w"].failing == 0)
+
+    assert deliverer.served["w"].failures == CIRCUIT_OPENS
+
+
+def test_outbox_that_answers_slowly_is_not_asked_without_a_pause(
+    graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing came nothing has waited: the pause is whole, however long the answer took."""
+    clock = [1_000.0]
+    monkeypatch.setattr("recognition.delivery.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    lease = graph.lease_updates
+
+    def slowly(*given: Any) -> Any:
+        clock[0] += 90.0
+        return lease(*given)
+
+    monkeypatch.setattr(graph, "lease_updates", slowly)
+    with closing(Warehouse(tmp_path).make().sink()) as sink:
+        stop = Pauses(2)
+        deliverer_of(graph, Destination(name="w", sink=sink), every=60.0).run(stop)
+
+    assert stop.noted == [60.0, 60.0]
+
+
+def test_log_of_a_foreign_error_says_where_it_came_from_and_not_its_text(
+    graph: Graph, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A driver's text may hold the row; its class and the lines of code are enough."""
+    Recognizer(graph, RULES).process(journey(1))
+
+    def stumble(_: Plan) -> None:
+        raise ValueError(text) from KeyError(text)
+
+    text = "row contains u0@example.com"
+
+    with closing(Warehouse(tmp_path).make().sink()) as sink:
+        deliverer = deliverer_of(graph, Destination(name="w", sink=Around(sink, stumble)))
+        with delivering(deliverer):
+            wait_until(lambda: deliverer.served["w"].failures)
+
+    assert "ValueError" in caplog.text
+    assert "in stumble" in caplog.text
+    assert text not in caplog.text
+
+
+def test_window_of_which_the_graph_was_not_told_is_counted_once(
+    graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was applied, and comes again when its lease has ended; only then it is done with."""
+    warehouse = Warehouse(tmp_path).make()
+    warehouse.put(journey(1))
+    Recognizer(graph, RULES).process(journey(1))
+    acknowledge, applied = graph.acknowledge, []
+
+    def fail_once(*given: Any) -> None:
+        monkeypatch.setattr(graph, "acknowledge", acknowledge)
+        raise GraphUnavailableError("away")
+
+    monkeypatch.setattr(graph, "acknowledge", fail_once)
+    with closing(warehouse.sink()) as sink:
+        deliverer = deliverer_of(
+            graph,
+            Destination(name="w", sink=Around(sink, applied.append), settle=0.0),
+            lease=0.5,
+        )
+        with delivering(deliverer):
+            wait_until(lambda: deliverer.served["w"].updates)
+    served = deliverer.served["w"]
+
+    assert len(applied) == 2
+    assert (served.updates, served.failures, sum(served.lag_counts)) == (1, 1, 1)
+    assert warehouse.users() == expected(1)

@@ -37,6 +37,7 @@ from recognition.graph.memory import MemoryGraph
 from recognition.graph.sqlite import SqliteGraph
 from recognition.kafka import KafkaSource, UpdatesConsumer, UpdatesTopic, _open, key_of
 from recognition.messages import Cause, Empty, Equals, OneOf, UpdateByCriteria
+from recognition.parts import UpdatesSource
 from recognition.planner import Plan
 from recognition.recognizer import Recognizer
 from recognition.rules import Rules
@@ -137,6 +138,13 @@ def mock() -> Iterator[Cluster]:
     brokers = keeper.list_topics(timeout=30).brokers.values()
     yield Cluster(",".join(f"{each.host}:{each.port}" for each in brokers), None)
     del keeper
+
+
+#: What takes as long as a member of a group may be silent is run where this is set.
+LONG = pytest.mark.skipif(
+    os.environ.get("RECOGNITION_TEST_KAFKA") != "all",
+    reason="a quarter of a minute; RECOGNITION_TEST_KAFKA=all runs it",
+)
 
 
 @pytest.fixture(params=["tansu", "mock"])
@@ -580,10 +588,9 @@ def test_a_consumer_needs_topics_and_a_group() -> None:
 def test_a_topic_that_cannot_be_is_an_error(tansu: Cluster) -> None:
     """A name that Kafka has no topic for does not wait for ever, where the cluster says so."""
     source = KafkaSource(tansu.servers, ["no such/topic"], "g", options=OPTIONS)
-    error = source._topics
-    error._note(ck.KafkaError(ck.KafkaError.TOPIC_AUTHORIZATION_FAILED))
+    source._note(ck.KafkaError(ck.KafkaError.TOPIC_AUTHORIZATION_FAILED))
     with pytest.raises(SourceError, match="TOPIC_AUTHORIZATION_FAILED") as caught:
-        error._consume(_Nothing(), 1, 0.0)
+        source._consume(_Nothing(), 1, 0.0)
 
     assert not caught.value.retryable
 
@@ -823,6 +830,134 @@ def test_a_sink_that_refuses_everything_loses_nothing(mock: Cluster, rows: Rows)
     assert "denied" in str(errors[0])
     assert consumer.counts.dead == {}
     assert mock.committed(topic, f"g-{topic}") == {}
+
+
+def consumer_of(cluster: Cluster, topic: str, sink: Any, **options: Any) -> UpdatesConsumer:
+    given = {"linger": 0.1, "pauses": (0.05, 0.2), "options": OPTIONS, **options}
+    return UpdatesConsumer(cluster.servers, [topic], f"g-{topic}", sink, **given)
+
+
+def test_updates_are_counted_when_their_letters_are_written(mock: Cluster, rows: Rows) -> None:
+    """A batch that will come again, for a letter that Kafka does not take, is not counted yet."""
+    topic, dead = mock.topic(), mock.topic()
+    rows.add("a1")
+    UpdatesTopic(mock.servers, topic).send([update_of("a1", "u1", 1)])
+    mock.write(topic, b"{poison" * 1_000)
+    with closing(open_sink(rows.url)) as sink:
+        consumer = consumer_of(
+            mock, topic, sink, dead_letters=dead, options={**OPTIONS, "message.max.bytes": 1_000}
+        )
+        with running(consumer.run) as errors:
+            wait(lambda: bool(errors))
+    served = consumer.served
+
+    assert "MSG_SIZE_TOO_LARGE" in str(errors[0])
+    assert rows.users() == {"a1": "u1"}
+    assert (served.updates, served.windows, sum(served.lag_counts)) == (0, 0, 0)
+
+
+def test_what_a_destination_that_is_away_has_not_done_is_told(mock: Cluster, rows: Rows) -> None:
+    """How far it is behind grows with what comes, and is known when it has ended."""
+    topic = mock.topic()
+    out = UpdatesTopic(mock.servers, topic)
+    out.send([update_of("a1", f"u{n}", n) for n in range(5)])
+    with closing(open_sink(rows.url)) as opened:
+        sink = Fragile(opened, [SinkUnavailableError("away")] * 10_000)
+        consumer = consumer_of(mock, topic, sink)
+        with running(consumer.run) as errors:
+            wait(lambda: sum(consumer.counts.behind.values()) == 5)
+            out.send([update_of("a1", f"u{n}", n) for n in range(5, 8)])
+            wait(lambda: sum(consumer.counts.behind.values()) == 8)
+        left = sum(consumer.counts.behind.values())
+
+    assert errors == []
+    assert left == 8
+
+
+def test_a_foreign_error_of_a_sink_holds_no_other_destination(
+    mock: Cluster, rows: Rows, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A sink with a mistake in it is a destination that fails; its text is told nowhere."""
+    topic, text = mock.topic(), "the row of u1@example.com"
+    UpdatesTopic(mock.servers, topic).send([update_of("a1", "u1", 1)])
+    with closing(open_sink(rows.url)) as opened:
+        source = UpdatesSource("w", consumer_of(mock, topic, Fragile(opened, [ValueError(text)])))
+        with running(lambda stop: source.run(None, stop)) as errors:
+            wait(lambda: bool(errors))
+
+    assert isinstance(errors[0], SinkError)
+    assert errors[0].retryable
+    assert str(errors[0]) == "destination w: ValueError"
+    assert "in apply" in caplog.text
+    assert text not in source.consumer.served.last_error + caplog.text
+    assert mock.committed(topic, f"g-{topic}") == {}
+
+
+class Held(Fragile):
+    """A sink that waits, at its first plan, until it is let go on."""
+
+    def __init__(self, sink: Any) -> None:
+        super().__init__(sink, [])
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        self.plans = 0
+
+    def apply(self, plan: Plan) -> Applied:
+        self.plans += 1
+        self.begun.set()
+        assert self.go_on.wait(60)
+        return super().apply(plan)
+
+
+def test_a_window_that_was_begun_is_finished_when_told_to_stop(mock: Cluster, rows: Rows) -> None:
+    """It is applied once and confirmed; nothing new is begun."""
+    topic = mock.topic()
+    rows.add("a1", "a2")
+    out = UpdatesTopic(mock.servers, topic)
+    out.send([update_of("a1", "u1", 1)])
+    with closing(open_sink(rows.url)) as opened:
+        sink = Held(opened)
+        consumer = consumer_of(mock, topic, sink)
+        letting_go = threading.Timer(0.5, sink.go_on.set)
+        with running(consumer.run) as errors:
+            assert sink.begun.wait(60)
+            out.send([update_of("a1", "u2", 2)])
+            letting_go.start()
+        letting_go.join()
+
+    assert errors == []
+    assert sink.plans == 1
+    assert rows.users() == {"a1": "u1", "a2": None}
+    assert list(mock.committed(topic, f"g-{topic}").values()) == [1]
+
+
+@LONG
+def test_partitions_that_are_taken_away_in_the_middle_of_a_window_lose_nothing(
+    cluster: Cluster, rows: Rows
+) -> None:
+    """Who has them then applies what was under way too; neither confirms what was not applied."""
+    topic = cluster.topic(partitions=4)
+    devices = [f"a{n}" for n in range(40)]
+    rows.add(*devices)
+    UpdatesTopic(cluster.servers, topic).send([update_of(d, f"u-{d}", 1) for d in devices])
+    options = {**OPTIONS, "max.poll.interval.ms": 6_000}
+    with closing(open_sink(rows.url)) as first, closing(open_sink(rows.url)) as second:
+        sink = Held(first)
+        one = consumer_of(cluster, topic, sink, options=options)
+        other = consumer_of(cluster, topic, second, options=options)
+        with running(one.run) as errors:
+            assert sink.begun.wait(60)
+            with running(other.run) as other_errors:
+                wait(lambda: other.counts.messages > 0)
+                early = rows.users()
+                committed = cluster.committed(topic, f"g-{topic}")
+                sink.go_on.set()
+                wait(lambda: sum(cluster.committed(topic, f"g-{topic}").values()) == 40)
+    users = rows.users()
+
+    assert errors + other_errors == []
+    assert sum(user is not None for user in early.values()) >= sum(committed.values())
+    assert one.counts.messages + other.counts.messages > 40  # some by both
+    assert users == {device: f"u-{device}" for device in devices}
 
 
 def test_a_dead_letter_is_as_large_as_what_was_read(mock: Cluster) -> None:

@@ -196,6 +196,14 @@ REFUSED: dict[str, tuple[str, str]] = {
     "naive created_at": (text_of(created_at="2026-01-01T00:00:00"), "created_at"),
     "start equals end": (where(EQUALS, {**BETWEEN, "end": BETWEEN["start"]}), "start"),
     "start after end": (where(EQUALS, {**BETWEEN, "end": "2025-01-01T00:00:00Z"}), "start"),
+    "a time before the year 1": (
+        where(EQUALS, {**BETWEEN, "start": "0001-01-01T00:00:00+01:00"}),
+        "start.*years 1 to 9999",
+    ),
+    "a time after the year 9999": (
+        text_of(created_at="9999-12-31T23:59:59-01:00"),
+        "created_at.*years 1 to 9999",
+    ),
     "quote in a column": (where({**EQUALS, "column": 'a"b'}), "column"),
     "quote in a column set": (text_of(set={"a'b": 1}), "set"),
     "quote in a table": (text_of(table='events"; drop table x'), "table"),

@@ -281,7 +281,7 @@ def test_topics_by_tls_and_password(
     As the settings have them: events come in and updates go out.
 
     With a wrong password, or by a certificate that nobody knows, `check` says so, and no secret is
-    told.
+    told. A worker ends for the password, and waits for the certificate.
     """
     events, password = journey(5), "an-example-password"
     monkeypatch.setenv("KAFKA_PASSWORD", password)
@@ -309,11 +309,22 @@ def test_topics_by_tls_and_password(
         wrong, refused = found(config, capsys)
         with worker_of(config) as worker:
             _, complaint = worker.communicate(timeout=60)
+        ended = worker.returncode
         monkeypatch.setenv("KAFKA_PASSWORD", password)
         _certify(tmp_path / "pem")  # another one than the broker shows
         _, unknown = found(config, capsys)
+        with worker_of(config) as worker:
+            assert worker.stderr is not None
+            lines = []
+            while not any("_SSL" in line for line in lines):
+                lines.append(worker.stderr.readline())
+            worker.send_signal(signal.SIGTERM)
+            _, rest = worker.communicate(timeout=60)
+        waited = "".join(lines) + rest
 
-    assert (checked, texts(findings, "wrong"), worker.returncode) == (0, [], 3)
+    assert worker.returncode == 0, waited
+    assert "_SSL (TLS is not spoken there, or a certificate was not accepted" in waited
+    assert (checked, texts(findings, "wrong"), ended) == (0, [], 3)
     assert f"destination out: topic {updates}: 1 partitions" in texts(findings, "fine")
     assert json.loads(out)["events"] == 20, said
     assert {json.loads(each.value())["set"]["user_id"] for each in sent} == {
@@ -327,7 +338,7 @@ def test_topics_by_tls_and_password(
     assert "_AUTHENTICATION" in complaint
     assert len(texts(unknown, "wrong")) == 2
     assert all("_SSL (TLS is not spoken there" in text for text in texts(unknown, "wrong"))
-    for told in (said, complaint, str(refused), str(findings)):
+    for told in (said, complaint, waited, str(refused), str(findings)):
         assert password not in told
         assert "a-wrong-password" not in told
 
@@ -357,6 +368,24 @@ def test_worker_of_updates_that_cannot_be(
     assert main(["worker", "--config", str(config), *arguments]) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "graph.db").exists()
+
+
+def test_settings_that_a_worker_of_updates_does_not_look_at_are_named(tmp_path: Path) -> None:
+    """What is set and has no effect is said, and what is not set is not."""
+    table = '[worker]\npast_days = 9\n[worker.updates]\nservers = "nowhere:1"\ntopics = "t"\n'
+    target = '[[destinations]]\nname = "w"\nurl = "sqlite:///w.db"\nsettle_seconds = 5\n'
+    (tmp_path / "a.toml").write_text(f"[delivery]\nwindow = 9\n{table}{target}")
+    (tmp_path / "b.toml").write_text(table.replace("past_days = 9", ""))
+    told, none = (
+        [off.text for off in read_parts(load_settings({}, {}, tmp_path / name), {}).off]
+        for name in ("a.toml", "b.toml")
+    )
+
+    assert (
+        "a worker of updates does not look at delivery.window, worker.past_days,"
+        " destinations.w.settle_seconds"
+    ) in told
+    assert not any("does not look at" in text for text in none)
 
 
 def test_topic_that_is_away_is_waited_for(

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,16 @@ from recognition.events import Event, Reject, render_time
 from recognition.graph import open_graph
 from recognition.recognizer import Recognizer
 from recognition.worker import Directory, RawEvents, Source, Worker
-from test_delivery import RULES, SECOND, START, Warehouse, expected, journey, wait_until
+from test_delivery import (
+    RULES,
+    SECOND,
+    START,
+    Pauses,
+    Warehouse,
+    expected,
+    journey,
+    wait_until,
+)
 
 HERE = Path(__file__).parent
 
@@ -256,6 +266,57 @@ def test_source_that_cannot_go_on_ends_the_worker(tmp_path: Path) -> None:
         worker = Worker(Recognizer(graph, RULES), [Given(ValueError("a mistake"))], None)
         with pytest.raises(ValueError, match="a mistake"):
             worker.run(threading.Event())
+
+
+@pytest.mark.parametrize("well", ["took events", "lived long"])
+def test_source_that_was_well_in_between_begins_with_the_short_pause(
+    monkeypatch: pytest.MonkeyPatch, well: str
+) -> None:
+    """Each pause doubles the one before, up to the longest, unless something came in between."""
+    clock = [1_000.0]
+    monkeypatch.setattr("recognition.worker.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("recognition.worker.random", SimpleNamespace(uniform=lambda _, most: most))
+    runs = 0
+
+    class Failing:
+        def run(self, take: Any, stop: threading.Event) -> None:
+            nonlocal runs
+            runs += 1
+            if runs == 5 and well == "took events":
+                take([to_segment(event) for event in journey(1)])
+            elif runs == 5:
+                clock[0] += 8.5
+            else:
+                clock[0] += 7.5  # no longer than the longest pause
+            raise GraphUnavailableError("away")
+
+    with closing(open_graph("memory:")) as graph:
+        worker = Worker(Recognizer(graph, RULES), [], None, pauses=(1.0, 8.0))
+        stop = Pauses(7)
+        worker._feed(Failing(), stop)
+
+    assert stop.noted == [1.0, 2.0, 4.0, 8.0, 1.0, 2.0, 4.0]
+    assert worker.taken.restarts == 7
+
+
+def test_what_is_too_old_is_dropped_after_an_error_of_any_sort(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is tried again, and its text is not told: nothing would be dropped for good, else."""
+    tries: list[object] = []
+
+    def expire() -> None:
+        tries.append(None)
+        if len(tries) == 1:
+            raise ValueError(text)
+
+    text = "u0@example.com"
+    stop = Pauses(4)
+    Worker(None, [], None)._keep_young(expire, stop)
+
+    assert (stop.noted, len(tries)) == ([0.0, 600.0, 86_400.0, 86_400.0], 3)
+    assert "ValueError" in caplog.text
+    assert text not in caplog.text
 
 
 # Processes -------------------------------------------------------------------------------------

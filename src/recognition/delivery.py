@@ -24,9 +24,12 @@ from typing import Protocol, runtime_checkable
 
 from recognition.errors import (
     ConfigurationError,
+    GraphError,
     RecognitionError,
     TableError,
     ValueRefusedError,
+    tell,
+    trace,
 )
 from recognition.graph import Delivery, Graph
 from recognition.messages import UpdateByCriteria
@@ -375,6 +378,8 @@ class _Line:
         self._applied_since: set[int] = set()
         #: How many of the failures in a row halved a window: these need no pause.
         self._halved = 0
+        #: Whether the last of them was the graph's own.
+        self._unanswered = False
         #: What is left to be told to a new destination, and the part that is being told.
         self._restating: Iterator[list[UpdateByCriteria]] | None = None
         self._part: list[UpdateByCriteria] = []
@@ -408,9 +413,13 @@ class _Line:
                 )
                 if leased:
                     self._carry(leased)
+                elif self._unanswered:
+                    self._recovered()  # it answers, and there is nothing else to find that out by
                 if len(leased) < self._size and not self._is_filling():
-                    # What came while this window was applied has waited as long already.
-                    pause = max(0.0, self._of._every - (time.monotonic() - began))
+                    pause = self._of._every
+                    if leased:
+                        # What came while this window was applied has waited as long already.
+                        pause = max(0.0, pause - (time.monotonic() - began))
                 if woken and not leased and not self._is_filling():
                     self.idle = True
             except Exception as exc:
@@ -424,7 +433,8 @@ class _Line:
         served = self.served
         served.failures += 1
         served.failing += 1
-        told = served.last_error = _tell(exc)
+        self._unanswered = isinstance(exc, GraphError)
+        told = served.last_error = tell(exc)
         first, longest = self._of._pauses
         tries = max(0, served.failing - self._halved - 1)
         pause = min(longest, first * 2.0 ** min(tries, 30))
@@ -438,9 +448,14 @@ class _Line:
             served.failing,
             pause,
             told,
-            exc_info=None if isinstance(exc, RecognitionError) else exc,
+            exc_info=trace(exc),
         )
         return pause
+
+    def _recovered(self) -> None:
+        """Whatever failed before does not any more."""
+        self.served.failing = self._halved = 0
+        self._unanswered = False
 
     def renew(self) -> None:
         """Make the lease of the window in flight longer, unless it has ended or flies too long."""
@@ -451,8 +466,9 @@ class _Line:
                     self._hold(self._flying, self._of._lease, applied=False)
                     self._until = now + self._of._lease
                 except Exception as exc:  # the next time may be better
-                    told = _tell(exc)
-                    _log.warning("%s: a lease was not renewed: %s", self.destination.name, told)
+                    _log.warning(
+                        "%s: a lease was not renewed: %s", self.destination.name, tell(exc)
+                    )
 
     def _hold(self, positions: Sequence[int], seconds: float, *, applied: bool) -> None:
         self._graph.hold_updates(
@@ -479,7 +495,7 @@ class _Line:
         self._land()
         self._settle(leased, plan, applied)
         self.served.windows += 1
-        self.served.failing = self._halved = 0
+        self._recovered()
         self._size = min(self.destination.window, self._size * 4)
         self._applied_since.update(self._refused)
 
@@ -533,7 +549,7 @@ class _Line:
         if count >= 3 and item.position in self._applied_since:
             self._refused.pop(item.position)
             self._applied_since.discard(item.position)
-            self._bury([(item, _tell(exc))])
+            self._bury([(item, tell(exc))])
         else:
             self._hold([item.position], _delay(item.attempts, self._of._pauses[1]), applied=False)
 
@@ -548,7 +564,12 @@ class _Line:
         self.served.dead += len(dead)
 
     def _settle(self, leased: Sequence[Delivery], plan: Plan, applied: Applied) -> None:
-        """Every update of the window is done, held, put off or dead."""
+        """
+        Every update of the window is done, held, put off or dead.
+
+        Where the graph fails half-way the rest comes again when its lease has ended, not before:
+        it is applied, so nobody waits for it. What is counted, is counted when all is told.
+        """
         refused: dict[str, RecognitionError] = {**dict(plan.rejected), **dict(applied.rejected)}
         destination = self.destination
         sink = destination.sink
@@ -559,6 +580,7 @@ class _Line:
         kept: list[int] = []
         dead: list[tuple[Delivery, str]] = []
         put_off: dict[int, list[int]] = {}
+        lost: list[tuple[UpdateByCriteria, int]] = []
         now = datetime.now(UTC)
         for item in leased:
             update = item.update
@@ -579,7 +601,6 @@ class _Line:
             ):
                 held.append(item.position)
             else:
-                self.served.reapplied += item.applied
                 settled = item.applied and destination.settle
                 age = (now - update.created_at).total_seconds()
                 if destination.again and age < destination.again:
@@ -588,10 +609,7 @@ class _Line:
                     done.append(item)
                     settled = settled and not destination.again  # else it was told before
                 if settled and (rows := missing.get(update.id)):
-                    self._report(update, rows)
-        for item in leased:
-            if not item.applied and item.update.id not in refused:
-                self.served.note_lag(item.update, now)
+                    lost.append((update, rows))
         for attempts, positions in put_off.items():
             self._hold(positions, _delay(attempts, self._of._pauses[1]), applied=False)
         if held:
@@ -604,6 +622,14 @@ class _Line:
         for item in done:
             self._refused.pop(item.position, None)
             self._applied_since.discard(item.position)
+        for item in leased:
+            if item.update.id not in refused:
+                if item.applied:
+                    self.served.reapplied += 1
+                else:
+                    self.served.note_lag(item.update, now)
+        for update, rows in lost:
+            self._report(update, rows)
         self.served.updates += len(done)
         self.served.held += len(held) + len(kept)
         self.served.postponed += sum(map(len, put_off.values()))
@@ -655,6 +681,7 @@ class _Line:
             return
         plan, applied = self._apply(self._part)
         refused = [*plan.rejected, *applied.rejected]
+        self._recovered()
         self.served.filled += len(self._part) - len(refused)
         self._part = []
         if refused:
@@ -720,11 +747,6 @@ def _find_unmatched(
         elif found < wanted or update.id in unsure:
             missing[update.id] = max(0, wanted - found)
     return missing
-
-
-def _tell(exc: Exception) -> str:
-    """The text of what is not ours may hold anything."""
-    return str(exc) if isinstance(exc, RecognitionError) else type(exc).__name__
 
 
 def _delay(attempts: int, longest: float) -> float:

@@ -35,6 +35,8 @@ An error's text never holds a password, and never an identifier's value.
 
 from __future__ import annotations
 
+from types import TracebackType
+
 
 class RecognitionError(Exception):
     """Root of the tree; catching it catches all that this library raises on purpose."""
@@ -141,3 +143,18 @@ class OutcomeUnknownError(SinkError):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.written = None
+
+
+def tell(exc: BaseException) -> str:
+    """What may be told of an error: of one that is not ours the class; its text may hold a row."""
+    return str(exc) if isinstance(exc, RecognitionError) else type(exc).__name__
+
+
+def trace(
+    exc: BaseException,
+) -> tuple[type[BaseException], BaseException, TracebackType | None] | None:
+    """What a log takes as ``exc_info``: of an error that is not ours the lines of code, no text."""
+    if isinstance(exc, RecognitionError):
+        return None
+    told = RecognitionError(tell(exc))
+    return type(told), told, exc.__traceback__

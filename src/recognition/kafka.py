@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 from recognition.delivery import Served
@@ -40,6 +41,8 @@ from recognition.errors import (
     SinkError,
     SinkUnavailableError,
     SourceError,
+    tell,
+    trace,
 )
 from recognition.events import Event, Format, Reject, expand_batch, parse_event
 from recognition.graph import Graph
@@ -120,8 +123,8 @@ class Counts:
     retries: int = 0
     #: How often partitions were given to this consumer, or taken from it.
     rebalances: int = 0
-    #: By topic and partition, how many messages were not done with when the last batch was; of the
-    #: partitions that this consumer has.
+    #: By topic and partition, how many messages are not done with, as of the last time that a batch
+    #: began, was offered again, or was done; of the partitions that this consumer has, or had last.
     behind: dict[tuple[str, int], int] = field(default_factory=dict)
 
     def measures(self) -> Iterator[Measure]:
@@ -144,7 +147,7 @@ class Counts:
         yield (
             "kafka_behind",
             "gauge",
-            "Messages of Kafka that were not done with at the last batch.",
+            "Messages of Kafka that are not done with, as of the last batch or try.",
             ("group", "topic", "partition"),
             {
                 (self.group, topic, str(number)): n
@@ -154,7 +157,7 @@ class Counts:
 
 
 class Found(NamedTuple):
-    """What `KafkaSource.look` has to say: whether it is wrong, what it is, the line that mends."""
+    """What ``look`` has to say: whether it is wrong, what it is, the line that mends."""
 
     wrong: bool
     text: str
@@ -169,8 +172,23 @@ class _Dead(NamedTuple):
     reason: str
 
 
+class _Handled(NamedTuple):
+    """What became of a batch: what is to be a dead letter, and what counts it once that is one."""
+
+    dead: Sequence[_Dead]
+    then: Callable[[], None] = lambda: None
+
+
+_Handle: TypeAlias = Callable[[Sequence[Any]], _Handled]
+
+
 class _Topics:
-    """Reads topics as one of a group; hands batches on, and stores offsets when they are done."""
+    """
+    Reads topics as one of a group; hands batches on, and stores offsets when they are done.
+
+    Attributes:
+        counts: What has happened so far.
+    """
 
     def __init__(
         self,
@@ -218,24 +236,23 @@ class _Topics:
         self._refused: ck.KafkaError | None = None
         self._tls: ck.KafkaError | None = None
         self._reassigned = False
+        self._left = False
         self._said: set[str] = set()
         self.counts = Counts(group)
 
-    def run(
-        self, handle: Callable[[Sequence[Any]], Sequence[_Dead]], stop: threading.Event
-    ) -> None:
+    def _run(self, handle: _Handle, stop: threading.Event) -> None:
         """
         Read until ``stop`` is set.
 
         Args:
-            handle: Gets messages that have a value; returns those that are to be dead letters. It
-                raises a retryable error to be called again with the same messages.
+            handle: Gets messages that have a value. It raises a retryable error to be called again
+                with the same messages.
         """
         consumer = _open(ck.Consumer, self._config)
         self._refused = None
         pool = ThreadPoolExecutor(1, "recognition-kafka")
 
-        def submit(messages: Sequence[Any]) -> Future[Sequence[_Dead]]:
+        def submit(messages: Sequence[Any]) -> Future[_Handled]:
             return pool.submit(handle, messages)
 
         try:
@@ -254,12 +271,25 @@ class _Topics:
                     messages = more
         finally:
             # First, so that what a batch is still at work with is not confirmed.
+            self._left = True
             if not self._is_at_its_end():
                 consumer.close()
             pool.shutdown()
 
-    def look(self, seconds: float) -> list[Found]:
-        """See `KafkaSource.look`."""
+    def measures(self) -> Iterator[Measure]:
+        """The counts as metrics have them."""
+        return self.counts.measures()
+
+    def look(self, seconds: float = 10.0) -> list[Found]:
+        """
+        Whether the topics can be read, and how much waits in them. Nothing is read or confirmed.
+
+        Args:
+            seconds: For how long each answer of the cluster is waited for.
+
+        Raises:
+            SourceError: The cluster does not answer, or refuses.
+        """
         self._refused = None
         consumer = _open(ck.Consumer, self._config)
         try:
@@ -347,7 +377,7 @@ class _Topics:
         self,
         consumer: Any,
         messages: Sequence[Any],
-        submit: Callable[[Sequence[Any]], Future[Sequence[_Dead]]],
+        submit: Callable[[Sequence[Any]], Future[_Handled]],
         stop: threading.Event,
     ) -> list[Any] | None:
         """Hand over until it is done; messages that came meanwhile, ``None`` when told to stop."""
@@ -366,6 +396,12 @@ class _Topics:
                     self._reassigned = False
                     consumer.pause(consumer.assignment())
 
+        begin: dict[tuple[str, int], int] = {}
+        end: dict[tuple[str, int], int] = {}
+        for message in messages:
+            begin.setdefault((message.topic(), message.partition()), message.offset())
+            end[message.topic(), message.partition()] = message.offset() + 1
+        self._note_behind(consumer, begin)
         again = 0.0
 
         def rested() -> bool:
@@ -378,13 +414,18 @@ class _Topics:
             if not wait([job], self._slow).done:
                 poll(job.done)
             try:
-                self._bury(job.result())
+                handled = job.result()
+                self._bury(handled.dead)
+                handled.then()
                 break
             except RecognitionError as exc:
                 if not exc.retryable:
                     raise
-                _log.warning("%d messages are offered again: %s", len(messages), exc)
+                told = "group %s: %d messages are offered again: %s"
+                _log.warning(told, self.counts.group, len(messages), exc)
             self.counts.retries += 1
+            # What is paused is not fetched: nothing else tells how much has come meanwhile.
+            self._note_behind(consumer, begin, ask=True)
             again = time.monotonic() + pause * random.uniform(0.5, 1.0)
             poll(rested)
             if stop.is_set():
@@ -392,16 +433,11 @@ class _Topics:
             pause = min(longest, 2 * pause)
         if paused:
             consumer.resume(consumer.assignment())
-        ends: dict[tuple[str, int], int] = {}
-        for message in messages:
-            ends[message.topic(), message.partition()] = message.offset() + 1
-        for (topic, partition), offset in ends.items():
+        for (topic, partition), offset in end.items():
             place = ck.TopicPartition(topic, partition, offset)
             try:
                 consumer.store_offsets(offsets=[place])
-                # As the last fetch told it; nobody is asked.
-                _, high = consumer.get_watermark_offsets(place, cached=True)
-                self.counts.behind[topic, partition] = max(0, high - offset)
+                self._note_behind(consumer, {(topic, partition): offset})
             except ck.KafkaException as exc:
                 if exc.args[0].code() != ck.KafkaError._STATE:
                     raise _to_error(exc.args[0]) from exc
@@ -409,7 +445,21 @@ class _Topics:
         self.counts.empty += sum(each.value() is None for each in messages)
         self.counts.messages += len(messages)
         self.counts.bytes += sum(len(each.value() or b"") for each in messages)
+        self._said.clear()  # all is well: what passes by itself is news, the next time
         return later
+
+    def _note_behind(
+        self, consumer: Any, begin: Mapping[tuple[str, int], int], *, ask: bool = False
+    ) -> None:
+        """How much there is from these offsets on: as the last fetch told it, or by asking."""
+        for (topic, partition), offset in begin.items():
+            place = ck.TopicPartition(topic, partition)
+            try:
+                bounds = consumer.get_watermark_offsets(place, timeout=1.0, cached=not ask)
+            except ck.KafkaException:
+                return  # the cluster is away: what is known stands
+            if bounds is not None:
+                self.counts.behind[topic, partition] = max(0, bounds[1] - offset)
 
     def _bury(self, dead: Sequence[_Dead]) -> None:
         if self._dead is not None and dead:
@@ -435,12 +485,18 @@ class _Topics:
 
     def _assigned(self, _: object, partitions: Sequence[Any]) -> None:
         self._reassigned = True
+        if self._left:
+            # Back in the group: what it had when it left may be others' now.
+            self._left = False
+            mine = {(each.topic, each.partition) for each in partitions}
+            for place in self.counts.behind.keys() - mine:
+                del self.counts.behind[place]
         self.counts.rebalances += 1
         _log.info("%d partitions were assigned", len(partitions))
 
     def _revoked(self, _: object, partitions: Sequence[Any]) -> None:
         self.counts.rebalances += 1
-        for each in partitions:
+        for each in () if self._left else partitions:
             self.counts.behind.pop((each.topic, each.partition), None)
         _log.info("%d partitions were taken away", len(partitions))
 
@@ -457,10 +513,10 @@ class _Topics:
         """It passes by itself, and is said once, not every second."""
         if error.name() not in self._said:
             self._said.add(error.name())
-            _log.warning("%s; the client goes on by itself", error.name())
+            _log.warning("%s; the client goes on by itself", _name(error))
 
 
-class KafkaSource:
+class KafkaSource(_Topics):
     """
     Events from topics, at least once.
 
@@ -503,9 +559,7 @@ class KafkaSource:
         options: Options | None = None,
         rejects: Callable[[Reject], object] | None = None,
     ) -> None:
-        self._format = format
-        self._inside = inside
-        self._topics = _Topics(
+        super().__init__(
             servers,
             topics,
             group,
@@ -516,27 +570,8 @@ class KafkaSource:
             options=options,
             rejects=rejects,
         )
-
-    @property
-    def counts(self) -> Counts:
-        """What has happened so far."""
-        return self._topics.counts
-
-    def look(self, seconds: float = 10.0) -> list[Found]:
-        """
-        Whether the topics can be read, and how much waits in them. Nothing is read or confirmed.
-
-        Args:
-            seconds: For how long each answer of the cluster is waited for.
-
-        Raises:
-            SourceError: The cluster does not answer, or refuses.
-        """
-        return self._topics.look(seconds)
-
-    def measures(self) -> Iterator[Measure]:
-        """The counts as metrics have them."""
-        return self.counts.measures()
+        self._format = format
+        self._inside = inside
 
     def run(self, take: Take, stop: threading.Event) -> None:
         """
@@ -548,7 +583,7 @@ class KafkaSource:
             GraphError: One that no retry mends; nothing of the batch is confirmed.
         """
 
-        def handle(messages: Sequence[Any]) -> list[_Dead]:
+        def handle(messages: Sequence[Any]) -> _Handled:
             events: list[Event] = []
             dead: list[_Dead] = []
             for message in messages:
@@ -558,9 +593,9 @@ class KafkaSource:
                     dead.append(_Dead(message, kind, place + kind))
             if events:
                 take(events)
-            return dead
+            return _Handled(dead)
 
-        self._topics.run(handle, stop)
+        self._run(handle, stop)
 
     def _read(self, value: bytes) -> tuple[list[Event], str | None, str]:
         """The events of a message; why it is a dead letter all the same, and where in it."""
@@ -671,7 +706,7 @@ class UpdatesTopic:
         return sent
 
 
-class UpdatesConsumer:
+class UpdatesConsumer(_Topics):
     """
     Updates from topics into a sink, at least once: a worker of a destination.
 
@@ -702,9 +737,7 @@ class UpdatesConsumer:
         options: Options | None = None,
         rejects: Callable[[Reject], object] | None = None,
     ) -> None:
-        self._sink = sink
-        self.served = Served()
-        self._topics = _Topics(
+        super().__init__(
             servers,
             topics,
             group,
@@ -715,19 +748,8 @@ class UpdatesConsumer:
             options=options,
             rejects=rejects,
         )
-
-    @property
-    def counts(self) -> Counts:
-        """What has happened so far."""
-        return self._topics.counts
-
-    def look(self, seconds: float = 10.0) -> list[Found]:
-        """As of `KafkaSource.look`."""
-        return self._topics.look(seconds)
-
-    def measures(self) -> Iterator[Measure]:
-        """The counts as metrics have them."""
-        return self.counts.measures()
+        self._sink = sink
+        self.served = Served()
 
     def run(self, stop: threading.Event) -> None:
         """
@@ -735,10 +757,11 @@ class UpdatesConsumer:
 
         Raises:
             SourceError: As of `KafkaSource.run`.
-            SinkError: One that no retry mends; nothing of the batch is confirmed.
+            SinkError: One that no retry mends, or in the place of what the sink raised that is none
+                of ours; nothing of the batch is confirmed.
         """
 
-        def handle(messages: Sequence[Any]) -> list[_Dead]:
+        def handle(messages: Sequence[Any]) -> _Handled:
             updates: list[UpdateByCriteria] = []
             messages_of: dict[str, list[Any]] = {}
             dead: list[_Dead] = []
@@ -750,15 +773,16 @@ class UpdatesConsumer:
                 else:
                     updates.append(update)
                     messages_of.setdefault(update.id, []).append(message)
-            for update_id, error in self._serve(updates).items():
+            refused = self._serve(updates) if updates else {}
+            for update_id, error in refused.items():
                 for message in messages_of[update_id]:
-                    dead.append(_Dead(message, type(error).__name__, str(error)))
-            return dead
+                    dead.append(_Dead(message, type(error).__name__, tell(error)))
+            return _Handled(dead, partial(self._count, updates, refused))
 
-        self._topics.run(handle, stop)
+        self._run(handle, stop)
 
-    def _serve(self, updates: Sequence[UpdateByCriteria]) -> dict[str, RecognitionError]:
-        """Apply, and count what became of it."""
+    def _serve(self, updates: Sequence[UpdateByCriteria]) -> dict[str, Exception]:
+        """Apply, and note whether the sink can."""
         served = self.served
         started = time.monotonic()
         try:
@@ -766,13 +790,19 @@ class UpdatesConsumer:
         except Exception as exc:
             served.failures += 1
             served.failing += 1
-            served.last_error = (
-                str(exc) if isinstance(exc, RecognitionError) else type(exc).__name__
-            )
-            raise
+            served.last_error = tell(exc)
+            if isinstance(exc, SinkError):
+                raise
+            retryable = bool(getattr(exc, "retryable", False))
+            raise SinkError(tell(exc), retryable=retryable) from exc
         finally:
             served.seconds += time.monotonic() - started
         served.failing = 0
+        return refused
+
+    def _count(self, updates: Sequence[UpdateByCriteria], refused: Mapping[str, Exception]) -> None:
+        """A batch is done with, its dead letters written."""
+        served = self.served
         served.windows += bool(updates)
         served.dead += len(refused)
         now = datetime.now(UTC)
@@ -780,9 +810,8 @@ class UpdatesConsumer:
             if update.id not in refused:
                 served.updates += 1
                 served.note_lag(update, now)
-        return refused
 
-    def _apply(self, updates: Sequence[UpdateByCriteria]) -> dict[str, RecognitionError]:
+    def _apply(self, updates: Sequence[UpdateByCriteria]) -> dict[str, Exception]:
         """
         What is refused, and why; all others are applied.
 
@@ -790,8 +819,8 @@ class UpdatesConsumer:
         is about. Where nothing at all can be applied, for want of a right for example, the error is
         let out and nobody is given up.
         """
-        refused: dict[str, RecognitionError] = {}
-        alone: dict[str, SinkError] = {}
+        refused: dict[str, Exception] = {}
+        alone: dict[str, Exception] = {}
         applied = False
         parts = [updates]
         while parts:
@@ -805,14 +834,17 @@ class UpdatesConsumer:
                 self.served.note_applied(done)
                 refused |= done.rejected
                 applied = True
-            except SinkError as exc:
-                if exc.retryable:
+            except Exception as exc:
+                if getattr(exc, "retryable", False):
                     raise
                 if len(part) > 1:
                     half = len(part) // 2
                     parts += [part[half:], part[:half]]
                     continue
                 alone[part[0].id] = exc
+                if (lines := trace(exc)) is not None:
+                    told = "group %s: an update is refused: %s"
+                    _log.error(told, self.counts.group, tell(exc), exc_info=lines)
                 if not applied and len(alone) >= _REFUSED_ALONE:
                     raise
         if alone and not applied:

@@ -59,11 +59,14 @@ def _table_name(name: str) -> str:
 
 
 def _to_utc(time: datetime) -> datetime:
-    return time.astimezone(UTC)
+    try:
+        return time.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("a time is in the years 1 to 9999, in UTC too") from None
 
 
 def _render_time(time: datetime) -> str:
-    return time.astimezone(UTC).isoformat().replace("+00:00", "Z")
+    return _to_utc(time).isoformat().replace("+00:00", "Z")
 
 
 def _no_nul(value: Any) -> Any:

@@ -173,6 +173,21 @@ def _off(settings: Settings, targets: Sequence[Target]) -> Iterator[Off]:
         )
         if worker.updates.dead_letters is None:
             yield _no_letters("worker.updates", worker.rejects, "updates-dead")
+        unread = [f"delivery.{name}" for name in sorted(settings.delivery.model_fields_set)]
+        unread += [
+            f"worker.{x}" for x in ("future_hours", "past_days") if x in worker.model_fields_set
+        ]
+        unread += ["retention_days"] if settings.retention_days is not None else []
+        unread += [
+            f"destinations.{table.name}.settle_seconds"
+            for table in settings.destinations
+            if table.settle_seconds is not None
+        ]
+        if unread:
+            yield Off(
+                place="worker.updates",
+                text=f"a worker of updates does not look at {', '.join(unread)}",
+            )
         return
     if not targets:
         yield Off(

@@ -27,9 +27,9 @@ from recognition.delivery import Deliverer
 from recognition.errors import (
     ConfigurationError,
     EventError,
-    GraphError,
     InputError,
-    RecognitionError,
+    tell,
+    trace,
 )
 from recognition.events import Event, Format, Reject, parse_event, read_events
 from recognition.recognizer import Recognition, Recognizer
@@ -225,8 +225,9 @@ class Worker:
             try:
                 expire()
                 pause = 86_400.0
-            except GraphError as exc:
-                _log.warning("what is too old was not dropped: %s", exc)
+            except Exception as exc:
+                told = "what is too old was not dropped: %s"
+                _log.warning(told, tell(exc), exc_info=trace(exc))
                 pause = 600.0
 
     def _end(self, feeding: Sequence[threading.Thread], stop: threading.Event) -> None:
@@ -257,8 +258,7 @@ class Worker:
                     return
                 if self.taken.events > before or time.monotonic() - began > longest:
                     pause = first  # it was well in between
-                told = str(exc) if isinstance(exc, RecognitionError) else type(exc).__name__
-                _log.warning("%s is started again in %.1f s: %s", name, pause, told)
+                _log.warning("%s is started again in %.1f s: %s", name, pause, tell(exc))
                 with self._lock:
                     self.taken.restarts += 1
             stop.wait(pause * random.uniform(0.5, 1.0))
