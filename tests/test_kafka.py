@@ -29,6 +29,7 @@ from recognition.errors import (
     GraphUnavailableError,
     OutcomeUnknownError,
     SinkError,
+    SinkReadOnlyError,
     SinkUnavailableError,
     SourceError,
 )
@@ -814,6 +815,31 @@ def test_updates_that_break_a_window_are_found(mock: Cluster, rows: Rows) -> Non
     assert consumer.counts.dead == {"SinkError": 1}
     assert rows.users() == {f"a{n}": None if n == 4 else f"u{n}" for n in range(9)}
     assert json.loads(mock.read(dead, 1)[0].value())["set"]["user_id"] == "u4"
+
+
+class Locked(Fragile):
+    """A sink that may not write into one of its tables, as a role without the right."""
+
+    def apply(self, plan: Plan) -> Applied:
+        if any(step.shape.table == "locked" for step in plan.steps):
+            raise SinkReadOnlyError("the role may not UPDATE here; nothing was written")
+        return super().apply(plan)
+
+
+def test_a_table_that_may_not_be_written_holds_no_other(mock: Cluster, rows: Rows) -> None:
+    """Wherever its updates stand in a window: they are dead letters, all others are applied."""
+    topic, dead = mock.topic(), mock.topic()
+    rows.add(*(f"a{n}" for n in range(9)))
+    updates = [update_of(f"a{n}", f"u{n}", n, "locked" if n < 5 else "events") for n in range(9)]
+    mock.write(topic, *(each.to_json().encode() for each in updates), key="one partition")
+    with closing(open_sink(rows.url)) as opened:
+        consumer = consumer_of(mock, topic, Locked(opened, []), dead_letters=dead, linger=0.5)
+        with running(consumer.run) as errors:
+            wait(lambda: bool(errors) or consumer.counts.messages == 9)
+
+    assert errors == []
+    assert consumer.counts.dead == {"SinkReadOnlyError": 5}
+    assert rows.users() == {f"a{n}": None if n < 5 else f"u{n}" for n in range(9)}
 
 
 def test_a_sink_that_refuses_everything_loses_nothing(mock: Cluster, rows: Rows) -> None:

@@ -816,15 +816,18 @@ class UpdatesConsumer(_Topics):
         What is refused, and why; all others are applied.
 
         Of a window that the sink refuses as a whole, and would again, smaller ones find out what it
-        is about. Where nothing at all can be applied, for want of a right for example, the error is
-        let out and nobody is given up.
+        is about: each of one table, then the halves of these. Where nothing at all can be applied,
+        for want of a right for example, the error is let out and nobody is given up.
         """
         refused: dict[str, Exception] = {}
         alone: dict[str, Exception] = {}
+        tries: Counter[str] = Counter()
         applied = False
         parts = [updates]
-        while parts:
-            part = parts.pop()
+        #: Of tables of which nothing could be applied yet: for when it is known that others can.
+        aside: list[Sequence[UpdateByCriteria]] = []
+        while parts or (applied and aside):
+            part = parts.pop() if parts else aside.pop()
             plan = plan_updates(part)
             refused |= plan.rejected
             if not plan.steps:
@@ -837,6 +840,13 @@ class UpdatesConsumer(_Topics):
             except Exception as exc:
                 if getattr(exc, "retryable", False):
                     raise
+                table = part[0].table
+                if any(each.table != table for each in part):
+                    by_table: dict[str, list[UpdateByCriteria]] = {}
+                    for each in part:
+                        by_table.setdefault(each.table, []).append(each)
+                    parts += by_table.values()
+                    continue
                 if len(part) > 1:
                     half = len(part) // 2
                     parts += [part[half:], part[:half]]
@@ -845,15 +855,17 @@ class UpdatesConsumer(_Topics):
                 if (lines := trace(exc)) is not None:
                     told = "group %s: an update is refused: %s"
                     _log.error(told, self.counts.group, tell(exc), exc_info=lines)
-                if not applied and len(alone) >= _REFUSED_ALONE:
-                    raise
+                tries[table] += 1
+                if not applied and tries[table] >= _REFUSED_ALONE:
+                    aside += [each for each in parts if each[0].table == table]
+                    parts = [each for each in parts if each[0].table != table]
         if alone and not applied:
             raise next(iter(alone.values()))
         return refused | alone
 
 
-# As many updates that are refused one after the other, before any is applied, say that it is not
-# they that are wrong.
+# As many updates of a table that are refused one after the other, before any is applied, say that
+# it is not they that are wrong.
 _REFUSED_ALONE = 3
 
 
