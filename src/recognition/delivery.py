@@ -17,10 +17,12 @@ import random
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Protocol, runtime_checkable
+from itertools import chain
+from typing import Protocol, TypeVar, runtime_checkable
 
 from recognition.errors import (
     ConfigurationError,
@@ -39,6 +41,8 @@ from recognition.sinks import Applied, Sink
 from recognition.tracing import span
 
 _log = logging.getLogger("recognition.delivery")
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -231,6 +235,10 @@ class Served:
         self.lag_sum += lag
 
 
+#: So many updates of a table that are refused alone, one after the other and before any is applied,
+#: say that it is not they that are wrong; and so often one is tried before it is given up.
+REFUSED_ALONE = 3
+
 #: After so many failures in a row a destination is only asked again after a pause.
 CIRCUIT_OPENS = 3
 
@@ -366,7 +374,6 @@ class _Line:
         self.idle = False
         self._of = deliverer
         self._graph = deliverer._graph
-        self._size = destination.window
         self._lock = threading.Lock()  # whoever holds it decides about the leases of the window
         self._flying: list[int] = []
         self._began = 0.0
@@ -376,9 +383,7 @@ class _Line:
         #: were applied.
         self._refused: dict[int, int] = {}
         self._applied_since: set[int] = set()
-        #: How many of the failures in a row halved a window: these need no pause.
-        self._halved = 0
-        #: Whether the last of them was the graph's own.
+        #: Whether the last failure was the graph's own.
         self._unanswered = False
         #: What is left to be told to a new destination, and the part that is being told.
         self._restating: Iterator[list[UpdateByCriteria]] | None = None
@@ -409,13 +414,13 @@ class _Line:
             self._until = began + self._of._lease
             try:
                 leased = self._graph.lease_updates(
-                    self._size, self._of._lease, self.destination.name
+                    self.destination.window, self._of._lease, self.destination.name
                 )
                 if leased:
                     self._carry(leased)
                 elif self._unanswered:
                     self._recovered()  # it answers, and there is nothing else to find that out by
-                if len(leased) < self._size and not self._is_filling():
+                if len(leased) < self.destination.window and not self._is_filling():
                     pause = self._of._every
                     if leased:
                         # What came while this window was applied has waited as long already.
@@ -436,8 +441,7 @@ class _Line:
         self._unanswered = isinstance(exc, GraphError)
         told = served.last_error = tell(exc)
         first, longest = self._of._pauses
-        tries = max(0, served.failing - self._halved - 1)
-        pause = min(longest, first * 2.0 ** min(tries, 30))
+        pause = min(longest, first * 2.0 ** min(served.failing - 1, 30))
         pause *= random.uniform(0.5, 1.0)
         level = logging.ERROR if served.failing == CIRCUIT_OPENS else logging.WARNING
         _log.log(
@@ -454,7 +458,7 @@ class _Line:
 
     def _recovered(self) -> None:
         """Whatever failed before does not any more."""
-        self.served.failing = self._halved = 0
+        self.served.failing = 0
         self._unanswered = False
 
     def renew(self) -> None:
@@ -476,32 +480,70 @@ class _Line:
         )
 
     def _carry(self, leased: Sequence[Delivery]) -> None:
-        """Apply a window, and say to the outbox what became of each of its updates."""
-        with self._lock:
-            self._flying = [item.position for item in leased]
-            self._began = time.monotonic()
+        """
+        Apply a window, and say to the outbox what became of each of its updates.
+
+        Where the destination refuses it, and would again, smaller ones find out what it is about:
+        each of one table, then the halves of these. Nothing waits for that but the window itself.
+        """
+        self._began = time.monotonic()
+        parts: list[Sequence[Delivery]] = [leased]
+        alone: list[tuple[Delivery, Exception]] = []
+        tries: Counter[str] = Counter()
+        tables: set[str] = set()  # of which something was applied
+        aside: list[Delivery] = []
+        failure: Exception | None = None
+
+        def rest() -> list[Delivery]:
+            return [*(item for item, _ in alone), *aside, *chain.from_iterable(parts)]
+
         try:
-            plan, applied = self._apply([item.update for item in leased])
-        except Exception as exc:
-            self._land()
-            if time.monotonic() >= self._until:
-                # We stood still, or the graph was away: another worker may be at work with it.
-                _log.warning("%s: the lease of a window has ended", self.destination.name)
-            elif getattr(exc, "retryable", False):
-                self._return(leased, exc)
-            else:
-                self._give_back_refused(leased, exc)
-            raise
-        self._land()
-        self._settle(leased, plan, applied)
+            while parts:
+                self._fly(rest())
+                part = parts.pop()
+                try:
+                    plan, applied = self._apply([item.update for item in part])
+                except Exception as exc:
+                    failure = exc
+                    if time.monotonic() >= self._until:
+                        # We stood still, or the graph was away: another worker may be at work.
+                        _log.warning("%s: the lease of a window has ended", self.destination.name)
+                        raise
+                    if getattr(exc, "retryable", False):
+                        parts.append(part)
+                        self._fly([])
+                        self._return(rest(), exc)
+                        raise
+                    smaller = split(part, lambda item: item.update.table)
+                    parts += smaller
+                    if not smaller:
+                        table = part[0].update.table
+                        alone.append((part[0], exc))
+                        tries[table] += 1
+                        if table not in tables and tries[table] >= REFUSED_ALONE:
+                            # It is the table that may not be written.
+                            for each in [p for p in parts if p[0].update.table == table]:
+                                parts.remove(each)
+                                aside += each
+                else:
+                    self._fly(rest())
+                    self._settle(part, plan, applied)
+                    tables |= {item.update.table for item in part}
+        finally:
+            self._fly([])
+        if failure is not None:
+            self._refuse(alone, aside, bool(tables))
+        if not tables:
+            assert failure is not None
+            raise failure
         self.served.windows += 1
         self._recovered()
-        self._size = min(self.destination.window, self._size * 4)
         self._applied_since.update(self._refused)
 
-    def _land(self) -> None:
+    def _fly(self, items: Iterable[Delivery]) -> None:
+        """These are in flight, and no others: their lease is renewed."""
         with self._lock:
-            self._flying = []
+            self._flying = [item.position for item in items]
 
     def _apply(self, updates: Sequence[UpdateByCriteria]) -> tuple[Plan, Applied]:
         started = time.monotonic()
@@ -532,26 +574,48 @@ class _Line:
             destination=self.destination.name,
         )
 
-    def _give_back_refused(self, leased: Sequence[Delivery], exc: Exception) -> None:
+    def _refuse(
+        self, alone: Sequence[tuple[Delivery, Exception]], aside: Sequence[Delivery], others: bool
+    ) -> None:
         """
-        The destination refused the window, and would again: smaller ones find out what it is.
+        What the destination refused, and would again, comes later.
 
         An update that was refused alone, three times, and others were applied since the first of
-        these, is given up. Where nothing can be applied at all, nobody is.
+        these, is given up. Where nothing can be applied at all, nobody is. A table of which nothing
+        can be applied, while others can, is put off as a missing one is.
         """
-        if len(leased) > 1:
-            self._size = max(1, len(leased) // 2)
-            self._halved += 1
-            self._return(leased, exc)
-            return
-        (item,) = leased
-        self._refused[item.position] = count = self._refused.get(item.position, 0) + 1
-        if count >= 3 and item.position in self._applied_since:
-            self._refused.pop(item.position)
-            self._applied_since.discard(item.position)
-            self._bury([(item, tell(exc))])
-        else:
-            self._hold([item.position], _delay(item.attempts, self._of._pauses[1]), applied=False)
+        reasons = {item.update.table: tell(exc) for item, exc in alone}
+        barred = {item.update.table for item in aside} if others else set()
+        put_off = [item for item in aside if others]
+        for item, exc in alone:
+            told = self.served.last_error = tell(exc)
+            _log.warning(
+                "%s: update %s is refused: %s",
+                self.destination.name,
+                item.update.id,
+                told,
+                exc_info=trace(exc),
+            )
+            if item.update.table in barred:
+                put_off.append(item)
+                continue
+            self._refused[item.position] = count = self._refused.get(item.position, 0) + 1
+            if count >= REFUSED_ALONE and item.position in self._applied_since:
+                self._refused.pop(item.position)
+                self._applied_since.discard(item.position)
+                self._bury([(item, told)])
+            else:
+                seconds = _delay(item.attempts, self._of._pauses[1])
+                self._hold([item.position], seconds, applied=False)
+        if put_off:
+            rejected = [
+                (item.update.id, TableError(reasons[item.update.table])) for item in put_off
+            ]
+            self._settle(put_off, Plan(steps=(), updates=()), Applied(rejected=tuple(rejected)))
+        elif aside:
+            # Whoever comes after them has his turn.
+            seconds = _delay(min(item.attempts for item in aside), self._of._pauses[1])
+            self._hold([item.position for item in aside], seconds, applied=False)
 
     def _bury(self, dead: Sequence[tuple[Delivery, str]]) -> None:
         for item, reason in dead:
@@ -747,6 +811,17 @@ def _find_unmatched(
         elif found < wanted or update.id in unsure:
             missing[update.id] = max(0, wanted - found)
     return missing
+
+
+def split(part: Sequence[T], table: Callable[[T], str]) -> list[Sequence[T]]:
+    """What is smaller than a part of a window: by table, else its halves, the first one last."""
+    by_table: dict[str, list[T]] = {}
+    for each in part:
+        by_table.setdefault(table(each), []).append(each)
+    if len(by_table) > 1:
+        return list(by_table.values())
+    half = len(part) // 2
+    return [part[half:], part[:half]] if half else []
 
 
 def _delay(attempts: int, longest: float) -> float:

@@ -30,7 +30,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
-from recognition.delivery import Served
+from recognition.delivery import REFUSED_ALONE, Served, split
 from recognition.errors import (
     ConfigurationError,
     EventError,
@@ -840,33 +840,21 @@ class UpdatesConsumer(_Topics):
             except Exception as exc:
                 if getattr(exc, "retryable", False):
                     raise
+                if smaller := split(part, lambda update: update.table):
+                    parts += smaller
+                    continue
                 table = part[0].table
-                if any(each.table != table for each in part):
-                    by_table: dict[str, list[UpdateByCriteria]] = {}
-                    for each in part:
-                        by_table.setdefault(each.table, []).append(each)
-                    parts += by_table.values()
-                    continue
-                if len(part) > 1:
-                    half = len(part) // 2
-                    parts += [part[half:], part[:half]]
-                    continue
                 alone[part[0].id] = exc
                 if (lines := trace(exc)) is not None:
                     told = "group %s: an update is refused: %s"
                     _log.error(told, self.counts.group, tell(exc), exc_info=lines)
                 tries[table] += 1
-                if not applied and tries[table] >= _REFUSED_ALONE:
+                if not applied and tries[table] >= REFUSED_ALONE:
                     aside += [each for each in parts if each[0].table == table]
                     parts = [each for each in parts if each[0].table != table]
         if alone and not applied:
             raise next(iter(alone.values()))
         return refused | alone
-
-
-# As many updates of a table that are refused one after the other, before any is applied, say that
-# it is not they that are wrong.
-_REFUSED_ALONE = 3
 
 
 def key_of(update: UpdateByCriteria) -> bytes:
