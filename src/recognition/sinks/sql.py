@@ -37,7 +37,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from difflib import get_close_matches
-from enum import Enum
 from hashlib import blake2b
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
@@ -61,6 +60,7 @@ from recognition.planner import (
     Bound,
     Plan,
     Shape,
+    StagedRow,
     Step,
     Value,
     distinguish,
@@ -845,18 +845,46 @@ class SqlSink(ABC):
         if not step.shape.versioned:
             self._open_ledger(transaction)
         stage = self._stage(transaction, step, target)
-        asked = _Asked(stage, range(len(step.rows)))
-        later, noted = None, _Noted.NOTHING
+        asked = _Asked(stage, step.rows, range(len(step.rows)))
+        later, noted = None, frozenset[_Line]()
+        parts = [_Part(step, stage)]
         if not step.shape.versioned:
             asked = self._ask(transaction, asked, step, target)
             later, noted = self._find_later(transaction, asked, step, target)
-        parts = [_Part(step, stage, frozenset(), noted)]
-        if later is not None and any(later):
-            parts = [
-                _Part(part, self._stage(transaction, part, target), spare, noted)
-                for part, spare in cut_and_spare(step, *later)
-            ]
-        return _PreparedStep(step, target, asked, later, parts, time.perf_counter() - started)
+            if any(later):
+                parts = [
+                    _Part(part, self._stage(transaction, part, target), spare)
+                    for part, spare in cut_and_spare(step, *later)
+                ]
+            known = bool(noted) and _find_new(step, target, noted) == []
+            parts = [self._look_up(transaction, part, target, known, noted) for part in parts]
+        seconds = time.perf_counter() - started
+        return _PreparedStep(step, target, asked, later, noted, parts, seconds)
+
+    def _look_up(
+        self,
+        transaction: Transaction,
+        part: _Part,
+        target: Target,
+        known: bool,
+        noted: frozenset[_Line],
+    ) -> _Part:
+        """
+        The part with what is to be noted of it; ``known``: all of its step is noted.
+
+        What is there already is not looked for in the statement that notes: of a young ledger, or
+        one that grew since it was analysed, PostgreSQL expects one note, and looks for each row
+        through all of them, and MariaDB through all notes of the key.
+        """
+        if known or not part.step.shape.covers:
+            return part._replace(known=known)
+        new = _find_new(part.step, target, noted) if noted else None
+        if new is None:
+            return part._replace(notes=part.stage)
+        if not new:
+            return part._replace(known=True)
+        rows = tuple(part.step.rows[place] for place in new)
+        return part._replace(notes=self._stage(transaction, replace(part.step, rows=rows), target))
 
     def _apply(self, transaction: Transaction, plan: _PreparedPlan) -> Applied:
         done: list[AppliedStep] = []
@@ -870,21 +898,18 @@ class SqlSink(ABC):
             for prepared in plan.steps:
                 if prepared.later is None:
                     continue
-                later, noted = self._find_later(
+                found = self._find_later(
                     transaction, prepared.asked, prepared.step, prepared.target
                 )
-                if prepared.later != later:
+                if found != (prepared.later, prepared.noted):
                     raise _LedgerMovedError(
-                        "another worker applied later updates of the same rows meanwhile; "
-                        "all was rolled back"
+                        "another worker applied later updates of the same rows meanwhile, or the "
+                        "same ones; all was rolled back"
                     )
-                # Or it applied the same ones.
-                prepared.parts[:] = [part._replace(noted=noted) for part in prepared.parts]
         for prepared in plan.steps:
             for part in prepared.parts:
-                shape = part.step.shape
-                if shape.covers and not shape.versioned and part.noted is not _Noted.ALL:
-                    self._remember(transaction, part, prepared.target)
+                if part.notes is not None:
+                    self._remember(transaction, part.step.shape, part.notes, prepared.target)
         return Applied(
             rows_matched=sum(step.rows_matched for step in done),
             rows_changed=sum(step.rows_changed for step in done),
@@ -903,11 +928,11 @@ class SqlSink(ABC):
         seconds: float,
     ) -> AppliedStep:
         started = time.perf_counter()
-        step, stage, spare, noted = part
+        step, stage, spare, known, _ = part
         counts: dict[str, int] | None = None
         changed = wanting = 0
         # What was applied before mostly changes nothing: it is looked at first, and read once.
-        if noted is _Noted.ALL and not spare and step.needs_count(0):
+        if known and not spare and step.needs_count(0):
             look = self._count_rows(stage, step, target, first=True)
             found = cast(Sequence[Any], transaction.execute(look).all())
             counts = {update_id: rows + wanted for update_id, rows, wanted in found}
@@ -1206,27 +1231,23 @@ class SqlSink(ABC):
         """
         if len(step.rows) <= _FEW:
             return whole
-        first: dict[tuple[str, object], int] = {}
-        for place, row in enumerate(step.rows):
-            key = (row.workspace, distinguish(row.equals[0]))
-            least = first.setdefault(key, place)
-            if row.sequence < step.rows[least].sequence:
-                first[key] = place
+        first: dict[tuple[str, object], StagedRow] = {}
+        for row in step.rows:
+            least = first.setdefault(_key_of(row), row)
+            if row.sequence < least.sequence:
+                first[_key_of(row)] = row
         if 2 * len(first) > len(step.rows):
             return whole
         number = {key: n for n, key in enumerate(first)}
-        return _Asked(
-            self._stage(
-                transaction, replace(step, rows=tuple(step.rows[n] for n in first.values())), target
-            ),
-            [number[row.workspace, distinguish(row.equals[0])] for row in step.rows],
-        )
+        rows = tuple(first.values())
+        stage = self._stage(transaction, replace(step, rows=rows), target)
+        return _Asked(stage, rows, [number[_key_of(row)] for row in step.rows])
 
     def _find_later(
         self, transaction: Transaction, asked: _Asked, step: Step, target: Target
-    ) -> tuple[Later, _Noted]:
-        """What later updates took of the step's rows, and what of the step itself is noted."""
-        stage, asks = asked
+    ) -> tuple[Later, frozenset[_Line]]:
+        """What later updates took of the step's rows, and the lines of the step's own updates."""
+        stage, rows, asks = asked
         found: Sequence[Any] = transaction.execute(
             sa.select(
                 stage.c.position,
@@ -1246,15 +1267,10 @@ class SqlSink(ABC):
             .order_by(stage.c.position, LEDGER.c.sequence, LEDGER.c.update_id, LEDGER.c.starts)
         ).all()
         notes = [Note(*note) for note in found]
-        own = {(note.position, note.update_id) for note in notes}
-        noted = _Noted.NOTHING
-        if any((asks[place], row.update_id) in own for place, row in enumerate(step.rows)):
-            there = {(note.position, note.update_id, *note[3:]) for note in notes}
-            every = there.issuperset(
-                (asks[place], step.rows[place].update_id, *line)
-                for place, line in _notes(step, target)
-            )
-            noted = _Noted.ALL if every else _Noted.SOME
+        own = {row.update_id for row in step.rows}
+        noted = frozenset(
+            (*_key_of(rows[note.position]), *note[2:]) for note in notes if note.update_id in own
+        )
         return later_of(step, target, spread_notes(step, target, notes, asks)), noted
 
     def _same_key(self, stage: sa.FromClause, step: Step, target: Target) -> tuple[_Condition, ...]:
@@ -1306,9 +1322,10 @@ class SqlSink(ABC):
             later,
         )
 
-    def _remember(self, transaction: Transaction, part: _Part, target: Target) -> None:
-        """Note what the staged updates took, but for what was noted before."""
-        shape, stage = part.step.shape, part.stage
+    def _remember(
+        self, transaction: Transaction, shape: Shape, stage: sa.FromClause, target: Target
+    ) -> None:
+        """Note what the staged updates took."""
         timed = bool(shape.times)
         nothing = sa.cast(sa.null(), sa.BigInteger())
         message: tuple[str, _Expression] = ("", self._constant_text(""))
@@ -1334,25 +1351,7 @@ class SqlSink(ABC):
             "applied_at": sa.cast(sa.literal(_now(), sa.BigInteger()), sa.BigInteger()),
         }
         lines = sa.select(*line.values()).where(stage.c.extras.is_not(None))
-        # What is known not to be there is not looked for: of a young ledger, or one that grew since
-        # it was analysed, PostgreSQL expects one note, and looks for each row through all of them.
-        if part.noted is _Noted.SOME:
-            lines = self.lacking(lines, stage, LEDGER.c.update_id, self._same_note(line, timed))
         transaction.execute(sa.insert(LEDGER).from_select(list(line), lines))
-
-    def _same_note(self, line: Mapping[str, _Expression], timed: bool) -> list[_Condition]:
-        # PostgreSQL takes a column that IS NOT DISTINCT FROM a constant NULL for one that never is.
-        return [
-            (
-                ~self.differ(LEDGER.c[name], expression, "integer")
-                if timed
-                else LEDGER.c[name].is_(None)
-            )
-            if name in ("starts", "ends")
-            else self.same(LEDGER.c[name], expression, "text" if name == "message_id" else "")
-            for name, expression in line.items()
-            if name != "applied_at"
-        ]
 
     # Looking at tables --------------------------------------------------------------------------
 
@@ -1645,27 +1644,29 @@ class _LedgerMovedError(SinkUnavailableError):
     """Between a plan's preparation and its transaction somebody noted later updates."""
 
 
-class _Noted(Enum):
-    """What of a step was applied before, and is in the ledger."""
-
-    NOTHING = 0
-    SOME = 1
-    ALL = 2
-
-
 class _Part(NamedTuple):
-    """What is left of a step, staged, the notes of the rows to spare, what of the step is noted."""
+    """
+    What is left of a step, staged, and the notes of the rows to spare.
+
+    ``known``: it was applied before, all of it. ``notes``: the stage of what is to be noted.
+    """
 
     step: Step
     stage: sa.FromClause
-    spare: frozenset[Spared]
-    noted: _Noted = _Noted.NOTHING
+    spare: frozenset[Spared] = frozenset()
+    known: bool = False
+    notes: sa.FromClause | None = None
+
+
+#: A line of the ledger: workspace and key as the step has them, the update's id, `_NOTED`.
+_Line = tuple[object, ...]
 
 
 class _Asked(NamedTuple):
-    """The stage that the ledger is asked by, and for each row of the step, which of its rows."""
+    """The stage that the ledger is asked by, its rows, and which of them asks for each row."""
 
     stage: sa.FromClause
+    rows: Sequence[StagedRow]
     asks: Sequence[int]
 
 
@@ -1676,7 +1677,8 @@ class _PreparedStep(NamedTuple):
     target: Target
     asked: _Asked
     later: Later | None
-    parts: list[_Part]
+    noted: frozenset[_Line]
+    parts: Sequence[_Part]
     seconds: float
 
 
@@ -1750,8 +1752,19 @@ _NOTED = (
 )
 
 
-def _notes(step: Step, target: Target) -> Iterator[tuple[int, tuple[object, ...]]]:
-    """What the ledger holds of the step when it was applied: position in it, and `_NOTED`."""
+def _key_of(row: StagedRow) -> tuple[str, object]:
+    return row.workspace, distinguish(row.equals[0])
+
+
+def _find_new(step: Step, target: Target, noted: frozenset[_Line]) -> list[int] | None:
+    """The positions of the rows that are to be noted and are not; ``None``: these are all."""
+    lines = [*_lines(step, target)]
+    new = [place for place, line in lines if line not in noted]
+    return None if len(new) == len(lines) else new
+
+
+def _lines(step: Step, target: Target) -> Iterator[tuple[int, _Line]]:
+    """What the ledger holds of the step when it was applied, with the position in it."""
     shape = step.shape
     place = _named_by(shape)
     named = target.column(shape.equals[place]).name if place else ""
@@ -1762,7 +1775,8 @@ def _notes(step: Step, target: Target) -> Iterator[tuple[int, tuple[object, ...]
         if extras is not None:
             message = text_of(target.column(named), str(row.equals[place])) if place else ""
             ends = row.intervals[0] if shape.times else (None, None)
-            yield position, (sets, empty, named, message, extras, time_column, *ends)
+            said = (sets, empty, named, message, extras, time_column, *ends)
+            yield position, (*_key_of(row), row.update_id, *said)
 
 
 def _named_stage(
