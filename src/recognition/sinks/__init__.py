@@ -87,7 +87,9 @@ class Applied:
         rows_changed: The sum over the steps.
         steps: One entry for each statement that was made for the plan, in order.
         matched_by_update: Rows matched by update id, for the updates whose rows were counted.
-            An update of which a later one covered everything is not in it.
+            An update of which a later one covered everything is not in it. What it expects and a
+            later one took, in this plan or by the ledger, is expected of that one: the ledger's
+            part counts as matched here.
         rejected: The ids of updates of which nothing was written, each with its reason. All others
             of the plan were applied. A refused update still hides what it covers of its own plan.
         statements: How many statements were sent, those that stage and look up included.

@@ -112,6 +112,7 @@ from recognition.sinks.rows import (
     Later,
     Note,
     Spared,
+    count_taken,
     cut_and_spare,
     joined,
     lacking_of,
@@ -439,6 +440,9 @@ class ClickhouseSink:
                 )
             )
             started = time.perf_counter()
+        for update_id, taken in count_taken(step, [part for part, _ in parts]).items():
+            if update_id in matched:
+                matched[update_id] += taken
         return done
 
     def _fill(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -288,6 +288,17 @@ def cut_and_spare(
         again = {n: covers[place] for n, place in enumerate(places) if place in covers}
         for left in cut_step(part, again):
             yield left, bearing
+
+
+def count_taken(step: Step, parts: Iterable[Step]) -> Mapping[str, int]:
+    """By update the expected rows that its parts do not expect: later updates hold them."""
+    taken: Counter[str] = Counter()
+    for row in step.rows:
+        taken[row.update_id] += row.expected_rows or 0
+    for part in parts:
+        for row in part.rows:
+            taken[row.update_id] -= row.expected_rows or 0
+    return +taken
 
 
 def joined(names: Iterable[str], target: Target) -> str:

@@ -73,6 +73,7 @@ from recognition.sinks.rows import (
     Note,
     Spared,
     convert,
+    count_taken,
     cut_and_spare,
     fills,
     joined,
@@ -893,6 +894,11 @@ class SqlSink(ABC):
             for part in prepared.parts:
                 seconds = prepared.seconds if part is prepared.parts[0] else 0.0
                 done.append(self._run(transaction, prepared.target, part, matched, seconds))
+            if prepared.later is not None and any(prepared.later):
+                parts = [part.step for part in prepared.parts]
+                for update_id, taken in count_taken(prepared.step, parts).items():
+                    if update_id in matched:
+                        matched[update_id] += taken
         if self.ddl_commits:
             # From here on writers of these rows wait for us; those before have noted what they did.
             for prepared in plan.steps:

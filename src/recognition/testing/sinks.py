@@ -413,6 +413,36 @@ class SinkTests:
             expected = _owned_rows(updates, "stitched_user_id")
             assert _column(read_rows(table), "stitched_user_id") == expected, f"order {order}"
 
+    def test_what_a_later_update_took_is_not_missing(
+        self, sink: Sink, write_rows: WriteRows, read_rows: ReadRows
+    ) -> None:
+        """Of two messages a later update has one: each time, both of the earlier one are found."""
+        if not sink.capabilities.ledger:
+            return
+        write_rows("events", [row("m0", "a1", 0), row("m1", "a1", 1)])
+        first, second = (
+            update(
+                number,
+                {"stitched_user_id": user},
+                device("a1"),
+                Messages(
+                    id_column="message_id",
+                    time_column="timestamp",
+                    refs=tuple((f"m{n}", at(n)) for n in range(count)),
+                ),
+                expected_rows=count,
+            )
+            for number, user, count in ((1, "u1", 2), (2, "u2", 1))
+        )
+        _apply(sink, second)
+
+        for _ in range(3):
+            applied = _apply(sink, first)
+
+            assert applied.matched_by_update.get(first.id, 2) == 2
+
+        assert _column(read_rows("events"), "stitched_user_id") == {"m0": "u2", "m1": "u1"}
+
     def test_a_later_update_takes_no_more_than_its_columns(
         self, sink: Sink, write_rows: WriteRows, read_rows: ReadRows
     ) -> None:
