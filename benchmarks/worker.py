@@ -121,6 +121,8 @@ def fill(port: int, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -
             row[at] = EPOCH + timedelta(microseconds=row[at])
             row[device] = row[device] or ""
         client.insert("events", lists, column_names=list(declared))
+        [[count]] = client.query("SELECT count() FROM events").result_rows
+        assert count == len(rows), f"{count} of {len(rows)} rows arrived"
 
 
 def percentile(values: list[float], part: float) -> float:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import base64
 import gzip
+import io
 import re
 import socket
 import subprocess
@@ -97,7 +98,9 @@ class Handler(BaseHTTPRequestHandler):
         elif encoding == "lz4":
             import lz4.frame
 
-            body = lz4.frame.decompress(body)
+            # A block of rows is a frame of its own; `lz4.frame.decompress` stops after the first.
+            with lz4.frame.open(io.BytesIO(body)) as frames:
+                body = frames.read()
         else:
             assert encoding == "", encoding
         self.answer(body)

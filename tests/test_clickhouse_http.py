@@ -126,6 +126,21 @@ def test_rows_travel_compressed_or_not(server: Server, client: Any, compress: st
     assert left(client) == []
 
 
+@pytest.mark.parametrize("compress", ["lz4", "zstd", "gzip", "false"])
+def test_more_rows_travel_than_a_block_holds(server: Server, client: Any, compress: str) -> None:
+    """The client cuts what is large into blocks; the rows of all of them are staged."""
+    keys = [f"{n:0300}" for n in range(10_000)]
+    fill(client, [row("m1", keys[0], 1), row("m2", keys[-1], 2)])
+    sink = open_sink(server.url("test", compress=compress))
+    plan = plan_updates([owner(n, f"u{n}", key) for n, key in enumerate(keys, 1)])
+
+    applied = sink.apply(plan)
+    sink.close()
+
+    assert applied.rows_changed == 2
+    assert users(client) == {"m1": "u1", "m2": "u10000"}
+
+
 def test_who_may_not_write_is_told_the_grants(server: Server, client: Any) -> None:
     """A user who may only read gets an error that names the grants; nothing was written."""
     sink = open_sink(server.url("test", "reader"))
