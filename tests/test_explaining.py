@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -288,7 +289,8 @@ def test_asking_changes_nothing(
     before, first = graph.stats(), recognizer.explain(subject)
 
     assert recognizer.explain(subject) == first
-    assert graph.stats() == before
+    # A server writes what came before to disk when it likes.
+    assert replace(graph.stats(), bytes=before.bytes) == before
 
 
 def test_workspaces_do_not_explain_each_other(graph: Graph, recognizer: Recognizer) -> None:

@@ -447,7 +447,8 @@ def test_a_worker_that_hashes_otherwise_is_refused(
         assert f"decided with hashed {HASHING.hashing}" in str(caught.value)
         assert "Nothing was written" in str(caught.value)
         assert traces(str(caught.value).encode(), KEY.decode(), OTHER_KEY.decode()) == []
-    assert graph.stats() == before
+    # A server writes what came before to disk when it likes.
+    assert replace(graph.stats(), bytes=before.bytes) == before
 
 
 def test_the_same_key_in_another_process_decides_on(tmp_path: Path) -> None:

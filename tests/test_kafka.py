@@ -867,11 +867,18 @@ def test_updates_are_counted_when_their_letters_are_written(mock: Cluster, rows:
     """A batch that will come again, for a letter that Kafka does not take, is not counted yet."""
     topic, dead = mock.topic(), mock.topic()
     rows.add("a1")
-    UpdatesTopic(mock.servers, topic).send([update_of("a1", "u1", 1)])
-    mock.write(topic, b"{poison" * 1_000)
+    good = update_of("a1", "u1", 1).to_json().encode()
+    mock.write(topic, good, b"{poison" * 1_000, key="one partition")
     with closing(open_sink(rows.url)) as sink:
+        # They are one batch: it gathers until both are there.
         consumer = consumer_of(
-            mock, topic, sink, dead_letters=dead, options={**OPTIONS, "message.max.bytes": 1_000}
+            mock,
+            topic,
+            sink,
+            dead_letters=dead,
+            batch_size=2,
+            linger=30.0,
+            options={**OPTIONS, "message.max.bytes": 1_000},
         )
         with running(consumer.run) as errors:
             wait(lambda: bool(errors))
