@@ -73,6 +73,7 @@ from recognition.planner import Plan, Shape, StagedRow, Step, Value
 from recognition.sinks import Applied, AppliedStep, Capabilities
 from recognition.sinks.clickhouse_cost import (
     ALTER,
+    GRANULE,
     INSERT,
     MOVE,
     STRATEGIES,
@@ -91,6 +92,7 @@ from recognition.sinks.clickhouse_statements import (
     SECOND,
     STAGE,
     Fragment,
+    Keys,
     Moved,
     Name,
     Parameter,
@@ -137,6 +139,16 @@ _ORPHAN = 86_400  # seconds, after which nobody wakes up whose lock was broken
 
 # https://clickhouse.com/docs/sql-reference/statements/update: since 25.7.
 _FIRST_WITH_UPDATE = (25, 7)
+
+# https://github.com/ClickHouse/ClickHouse/pull/93813, of 2025-11-27: indexes understand `has`.
+_FIRST_WITH_HINT = (25, 12)
+
+# The conditions of an update in the order in which they stand, the key's first: 0.5 CPU seconds
+# instead of 0.7 for 100 visitors in 10 million rows.
+_IN_ORDER: Mapping[str, object] = {
+    "move_primary_key_columns_to_end_of_prewhere": 0,
+    "allow_reorder_prewhere_conditions": 0,
+}
 
 # How many rows a visitor has, where the update does not say: about 20 in the event files that we
 # measured with.
@@ -288,9 +300,11 @@ class ClickhouseSink:
                 strategy = self._possible(table, work)
             except TableError as error:
                 said.append(f"-- refused: {error}")
-                return "\n".join([statements.alter(None).render()[0], *said])
+                return "\n".join([statements.alter(None, None).render()[0], *said])
             choice = choose(work, partitions, strategy)
-            sent = self._statements(statements, choice, every) or [statements.update(None)]
+            keys = self._keys(step, partitions, Name(f"{STAGE}1_keys"))
+            sent = self._statements(statements, choice, every, keys)
+            sent = sent or [statements.update(None, keys)]
             for estimate in choice.estimates:
                 said.append(
                     f"-- {estimate.strategy}: not possible, {estimate.unavailable}"
@@ -493,14 +507,21 @@ class ClickhouseSink:
             choice = choose(work, partitions, forced)
             altered = choice.partitions(ALTER)
             changed += sum(counts.get(partition, 0) for partition in altered)
-        if updated := choice.partitions(UPDATE):
+        updated = choice.partitions(UPDATE)
+        keys = self._keys(step, partitions, window.name(table, "keys"))
+        if keys is not None and (updated or altered):
+            for statement in statements.create_keys(keys.name):
+                self._server.run(statement)
+        if updated:
             whole = every and len(updated) == touched
-            self._mutate(window, table, statements.update(None if whole else updated))
+            self._mutate(
+                window, table, statements.update(None if whole else updated, keys), _IN_ORDER
+            )
             for name, rows in self._patch_parts(table).items():
                 if name not in survey.patch_parts:
                     changed += int(rows)
         if altered:
-            self._mutate(window, table, statements.alter(altered))
+            self._mutate(window, table, statements.alter(altered, keys))
         if choice.partitions(INSERT):
             aside = window.name(table, "whole")
             self._server.run(statements.create_whole(aside))
@@ -513,6 +534,13 @@ class ClickhouseSink:
         for partition in choice.apply:
             self._mutate(window, table, statements.apply_patches(partition))
         return changed
+
+    def _keys(self, step: Step, partitions: Sequence[Partition], name: Name) -> Keys | None:
+        """The keys as a table of this name, where the server's indexes understand the hint."""
+        if self._server.version < _FIRST_WITH_HINT:
+            return None
+        granules = sum(partition.rows for partition in partitions) / GRANULE
+        return Keys(name, prunes=len(step.rows) <= max(granules, 100))
 
     # Rows that get another key ------------------------------------------------------------------
 
@@ -621,15 +649,17 @@ class ClickhouseSink:
             _log.info("window %s completes what %s has left", window.id, name)
             self._complete_move(window, table, Name(name))
 
-    def _statements(self, statements: Statements, choice: Choice, every: bool) -> list[Fragment]:
+    def _statements(
+        self, statements: Statements, choice: Choice, every: bool, keys: Keys | None
+    ) -> list[Fragment]:
         """What `_change` sends for a choice, as far as it is known before the run."""
         sent = []
         updated, altered = choice.partitions(UPDATE), choice.partitions(ALTER)
         if updated:
             whole = every and len(updated) == len(choice.by_partition)
-            sent.append(statements.update(None if whole else updated))
+            sent.append(statements.update(None if whole else updated, keys))
         if altered:
-            sent.append(statements.alter(altered))
+            sent.append(statements.alter(altered, keys))
         if choice.partitions(INSERT):
             aside = Name(f"{STAGE}1_whole")
             sent += [statements.select_whole(aside), statements.insert_whole(aside)]
@@ -671,6 +701,8 @@ class ClickhouseSink:
         """Send a mutation or lightweight update and wait for it; kill it where it fails."""
         settings: dict[str, object] = {"mutations_sync": 2 if table.replicated else 1}
         settings.update(more or {})
+        for name in _IN_ORDER.keys() - self._server.settings.keys():
+            settings.pop(name, None)  # this server has no such setting
         for name in ("enable_lightweight_update", "allow_experimental_lightweight_update"):
             if self._server.settings.get(name) == "0":
                 settings[name] = 1
@@ -1590,7 +1622,9 @@ class _Server:
         self.settings = self.pairs(
             sql(
                 "SELECT name, value FROM system.settings WHERE name IN"
-                " ('enable_lightweight_update', 'allow_experimental_lightweight_update')"
+                " ('enable_lightweight_update', 'allow_experimental_lightweight_update',"
+                " 'move_primary_key_columns_to_end_of_prewhere',"
+                " 'allow_reorder_prewhere_conditions')"
             )
         )
         self.table_settings = self.pairs(

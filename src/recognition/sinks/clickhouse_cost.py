@@ -46,7 +46,7 @@ _MOVE_SCAN, _MOVE_CHANGED = 0.12, 35.0
 # Patches of the format v2 hold the sorting key, per megabyte that its columns have compressed.
 _V2_MEGABYTE = 0.007
 
-_GRANULE = 8192  # rows, https://clickhouse.com/docs/operations/settings/merge-tree-settings
+GRANULE = 8192  # rows, https://clickhouse.com/docs/operations/settings/merge-tree-settings
 _VISIT = 7  # rows of a visitor that lie together, where the sorting key brings them together
 _PATCH_BYTES = 4  # per changed row and column, and twice that for the row's address
 
@@ -218,7 +218,7 @@ def _cost(work: Work, partition: Partition, strategy: str) -> tuple[float, float
     if strategy == ALTER:
         cpu = (_ALTER_SCAN + _ALTER_COLUMN * columns) * rows + _ALTER_CHANGED * columns * changed
         return cpu, column_bytes + patch_bytes
-    granules = max(partition.rows / _GRANULE, 1.0)
+    granules = max(partition.rows / GRANULE, 1.0)
     touched = 1 - math.exp(-matched / _VISIT / granules)
     again, each = (_FINAL, _WHOLE_CHANGED) if strategy == INSERT else (_MOVE_SCAN, _MOVE_CHANGED)
     cpu = (_SCAN + again + _WHOLE_READ * touched) * rows + each * changed
