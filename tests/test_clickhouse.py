@@ -1012,6 +1012,73 @@ def test_a_materialized_view_does_not_take_rows_twice(opened: Opened) -> None:
 # What is in the way -------------------------------------------------------------------------------
 
 
+#: Settings of a user that would lose, double or hide rows, each with a strategy that it would hit.
+MISLEADING = [
+    ("delete-and-insert", {"join_use_nulls": 1}),
+    ("delete-and-insert", {"apply_patch_parts": 0}),
+    ("delete-and-insert", {"apply_deleted_mask": 0}),
+    ("insert", {"apply_patch_parts": 0}),
+    ("alter", {"enable_positional_arguments": 0}),
+    ("update", {"join_default_strictness": "ANY"}),
+    ("update", {"limit": 1, "offset": 1}),
+    ("update", {"data_type_default_nullable": 1}),
+    ("update", {"aggregate_functions_null_for_empty": 1}),
+]
+
+
+@pytest.mark.parametrize(("strategy", "given_to_user"), MISLEADING)
+def test_settings_of_the_user_change_nothing(
+    opened: Opened, strategy: str, given_to_user: Mapping[str, Any]
+) -> None:
+    """What a profile or the URL makes of joins, limits and reads is not what is sent with."""
+    replacing = strategy == "insert"
+    opened.table(
+        f"{EVENTS}, ver UInt8, seen UInt8",
+        BY_OWNER if strategy == "delete-and-insert" else BY_DAY,
+        KEYED,
+        "ReplacingMergeTree(ver)" if replacing else "MergeTree",
+    )
+    opened.rows(*(row(f"m{n}", f"a{n % 3}", n * 30_000, ver=1, seen=0) for n in range(12)))
+    opened.client.command("UPDATE events SET seen = 1 WHERE message_id = 'm1'")
+    opened.client.command("DELETE FROM events WHERE message_id = 'm2'")
+    sink = opened.sink(strategy=strategy, settings=dict(given_to_user))
+    later = [update(n, {"user_id": "late"}, device("a1"), between(n, n + 1)) for n in (0, 30_000)]
+    window = [update(n, {"user_id": f"u{n}"}, device(f"a{n}"), unknown()) for n in (1, 2)]
+
+    sink.apply(plan_updates(later))
+    applied, again = sink.apply(plan_updates(window)), sink.apply(plan_updates(window))
+
+    final = "FINAL" if replacing else ""
+    found = opened.client.query(f"SELECT message_id, user_id, seen FROM events {final}").result_rows
+    users = {**{n: (None, "u1", "u2")[n % 3] for n in range(12) if n != 2}, 1: "late"}
+    expected = [(f"m{n}", user, int(n == 1)) for n, user in users.items()]
+    assert sorted(found) == sorted(expected)
+    assert (applied.rows_changed, again.rows_changed) == (6, 0)
+    assert opened.made() == []
+
+
+def test_a_limit_that_would_cut_rows_off_is_an_error(opened: Opened) -> None:
+    """What a profile cuts silently, because its overflow mode is `break`, stops the window."""
+    opened.table()
+    opened.rows(*(row(f"m{n}", "a1", n * 30_000) for n in range(12)))
+    cut = {"max_result_rows": 1, "result_overflow_mode": "break", "max_block_size": 1}
+
+    with pytest.raises(SinkError, match="a limit of the user's profile for the rows of a result"):
+        opened.apply(owner(1, "u1", device("a1")), settings=cut)
+
+    assert set(opened.column("user_id").values()) == {None}
+
+
+def test_an_option_that_nobody_knows_is_said(opened: Opened) -> None:
+    """What is no option of the client is a setting of the server, or an error that says so."""
+    opened.table()
+
+    with pytest.raises(SinkError, match="neither known to clickhouse-connect nor a setting"):
+        opened.apply(owner(1, "u1", device("a1")), tiemout=3)
+    with pytest.raises(ConfigurationError, match="does not take an option"):
+        open_sink("clickhouse://host/db?connect_timeout=soon").clock()
+
+
 def test_a_mutation_of_somebody_else_is_waited_for_and_named(opened: Opened) -> None:
     """A failing mutation of others is not killed; the error says its id and code."""
     opened.table()

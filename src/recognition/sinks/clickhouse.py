@@ -55,7 +55,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import clickhouse_connect
 from clickhouse_connect.driver.client import Client
-from clickhouse_connect.driver.exceptions import ClickHouseError
+from clickhouse_connect.driver.exceptions import ClickHouseError, ProgrammingError
 
 from recognition.errors import (
     ConfigurationError,
@@ -176,7 +176,16 @@ _SAID: Mapping[int, tuple[type[SinkError], str]] = {
     81: (TableError, "a database is missing"),
     16: (TableError, "a column is missing"),
     47: (TableError, "a column is missing"),
+    115: (
+        SinkError,
+        "an option is neither known to clickhouse-connect nor a setting of the server",
+    ),
+    158: (SinkError, "a limit of the user's profile for the rows of a query was reached"),
     164: (SinkReadOnlyError, f"the user may only read: {_GRANTS}"),
+    191: (SinkError, "a limit of the user's profile for the rows of a set was reached"),
+    307: (SinkError, "a limit of the user's profile for the bytes of a query was reached"),
+    392: (SinkReadOnlyError, "the user may make no tables: allow_ddl is 0 in the user's profile"),
+    396: (SinkError, "a limit of the user's profile for the rows of a result was reached"),
     497: (SinkReadOnlyError, _GRANTS),
     192: (SinkError, "ClickHouse refused the login: the user is not known"),
     193: (SinkError, "ClickHouse refused the login: the password is wrong"),
@@ -194,8 +203,11 @@ _SAID: Mapping[int, tuple[type[SinkError], str]] = {
     344: (SinkError, "the server has this switched off"),
     394: (SinkUnavailableError, "the query was cancelled by somebody"),
     420: (TableError, "a column of the sorting or partition key cannot be updated"),
+    452: (SinkError, "the user's profile does not let a setting be changed"),
+    469: (TableError, "a CONSTRAINT of the table forbids the rows"),
     473: (SinkUnavailableError, "a table is locked by somebody else"),
     692: (SinkUnavailableError, "the table has too many unfinished mutations"),
+    719: (SinkError, "use_query_cache is on, with which system tables cannot be read"),
     999: (SinkUnavailableError, "the keeper does not answer"),
 }
 _EXISTS, _NO_TABLE = 57, 60
@@ -205,6 +217,33 @@ _CROWDED = {252, 692}
 _MADE = re.compile(r"(recognition_stage_|recognition_broken_)([0-9a-f]{8}_[0-9a-f]{8})")
 
 _SETTING = re.compile(r"(\w+) = ('(?:[^'\\]|\\.)*'|[^,\s]+)")
+
+#: What statements here mean, whatever the user's profile or the URL makes of the same words: what
+#: differs is sent with each of them. https://clickhouse.com/docs/operations/settings/settings
+_MEANT: Mapping[str, str] = {
+    # All rows are read, as they are now, and each as often as it is there.
+    **dict.fromkeys(("apply_deleted_mask", "apply_patch_parts"), "1"),
+    **dict.fromkeys(("apply_mutations_on_fly", "final", "limit", "offset"), "0"),
+    **{
+        f"{what}_overflow_mode": "throw"
+        for what in ("read", "set", "join", "group_by", "sort", "distinct", "result", "timeout")
+    },
+    # What is staged is there when the next statement looks for it.
+    "async_insert": "0",
+    # What is compared, joined, counted and numbered, and how.
+    "join_default_strictness": "ALL",
+    "enable_positional_arguments": "1",
+    "session_timezone": "",
+    **dict.fromkeys(
+        (
+            *("aggregate_functions_null_for_empty", "data_type_default_nullable"),
+            *("empty_result_for_aggregation_by_empty_set", "force_index_by_date"),
+            *("force_primary_key", "join_use_nulls", "transform_null_in"),
+        ),
+        "0",
+    ),
+}
+
 _DISTRIBUTED = re.compile(r"Distributed\('([^']*)', '([^']*)', '([^']*)'")
 _ARGUMENTS = re.compile(r"\w+\(([^)]*)\)")
 
@@ -220,7 +259,7 @@ class ClickhouseSink:
     HTTPS on 8443. ``chdb:///path`` is the embedded engine (https://clickhouse.com/docs/chdb) on a
     directory, of which a process can have one; ``?database=`` names the database there. All that
     follows ``?`` may be given as an argument too; what the sink does not know is clickhouse-
-    connect's.
+    connect's, and what that does not know is a setting of the server.
 
     Args:
         url: See above.
@@ -1583,11 +1622,14 @@ class _Server:
         self.embedded = embedded
         self.statements = 0
         # An error's text is kept as the cause: without the URL.
-        self._options = {"show_clickhouse_errors": "scrub", **options}
+        more = {"show_clickhouse_errors": "scrub", **options}
         if not embedded:
-            self._options.setdefault("send_receive_timeout", statement_timeout)
+            more.setdefault("send_receive_timeout", statement_timeout)
             # A session of HTTP has one query at a time, and nothing here needs one.
-            self._options.setdefault("autogenerate_session_id", False)
+            more.setdefault("autogenerate_session_id", False)
+        self._options = {name: more.pop(name) for name in _TARGET if name in more}
+        # What is no option of the client is a setting of the server, as in the client's own URLs.
+        self._more = more
         self._client: Client | None = None
         self._lock = threading.Lock()
         self._wrote = False
@@ -1604,29 +1646,53 @@ class _Server:
             self.statements = 0
             self._wrote = False
             if self._client is None:
-                self._connect()
+                try:
+                    self._connect()
+                except RecognitionError:
+                    self._forget()  # half of it is not known
+                    raise
             yield
 
     def _connect(self) -> None:
         try:
-            self._client = clickhouse_connect.get_client(**cast(Any, self._options))
+            self._client = clickhouse_connect.get_client(
+                **cast(Any, self._options), generic_args=dict(self._more)
+            )
         except ImportError as exc:
             raise MissingDependencyError(
                 "the embedded engine needs the package 'chdb', which is not installed; run: "
                 'pip install "recognition[chdb]"'
             ) from exc
+        except ProgrammingError as exc:
+            if self.embedded:  # it has another directory open
+                raise self._translate(exc, False) from exc
+            raise ConfigurationError(
+                "clickhouse-connect does not take an option, or the value that it has"
+            ) from exc
         except ClickHouseError as exc:
             raise self._translate(exc, False) from exc
         major, minor = str(self._client.server_version).split(".")[:2]
         self.version = int(major), int(minor)
-        self.settings = self.pairs(
+        # As one line: a setting may limit the lines of a result.
+        found = self.rows(
             sql(
-                "SELECT name, value FROM system.settings WHERE name IN"
-                " ('enable_lightweight_update', 'allow_experimental_lightweight_update',"
+                "SELECT groupArray((name, value)) FROM system.settings WHERE has(%, name) OR name"
+                " IN ('enable_lightweight_update', 'allow_experimental_lightweight_update',"
                 " 'move_primary_key_columns_to_end_of_prewhere',"
-                " 'allow_reorder_prewhere_conditions')"
+                " 'allow_reorder_prewhere_conditions')",
+                Parameter("Array(String)", [*_MEANT]),
             )
         )
+        self.settings = dict(found[0][0]) if found else {"limit": "1", "offset": "1"}
+        for name, meant in _MEANT.items():
+            if self.settings.get(name, meant) != meant:
+                try:
+                    self._client.set_client_setting(name, meant)
+                except ClickHouseError as exc:
+                    raise SinkError(
+                        f"the user's profile fixes the setting {name}, with which rows could be"
+                        f" lost; let the user set it to {meant!r}"
+                    ) from exc
         self.table_settings = self.pairs(
             sql(
                 "SELECT name, value FROM system.merge_tree_settings WHERE name IN"
@@ -1698,9 +1764,12 @@ class _Server:
     def close(self) -> None:
         """Close the connection; the next use opens another."""
         with self._lock:
-            if self._client is not None:
-                self._client.close()
-                self._client = None
+            self._forget()
+
+    def _forget(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
 
     def _translate(self, error: ClickHouseError, writes: bool) -> SinkError:
         """The most specific error of ours; the server's text may hold values and is left out."""
@@ -1747,6 +1816,9 @@ class _Server:
         return error
 
 
+#: Options that say which server it is and who asks; `settings` are for every statement.
+_TARGET = ("interface", "host", "port", "username", "password", "database", "path", "settings")
+
 # How clickhouse-connect says an HTTP status that came without a code of ClickHouse.
 _STATUS = re.compile(r"HTTP driver received HTTP status (\d+)")
 
@@ -1765,7 +1837,9 @@ _ANSWERED: Mapping[int, str] = {
 }
 
 # What the server finds before a statement writes anything.
-_BEFORE_WRITING = {16, 36, 43, 47, 48, 53, 57, 60, 62, 81, 164, 242, 252, 344, 420, 497, 692}
+_BEFORE_WRITING = {
+    *(16, 36, 43, 47, 48, 53, 57, 60, 62, 81, 115, 164, 242, 252, 344, 392, 420, 452, 497, 692),
+}
 
 
 def _read_url(url: str) -> dict[str, Any]:
