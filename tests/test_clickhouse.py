@@ -1009,6 +1009,49 @@ def test_a_materialized_view_does_not_take_rows_twice(opened: Opened) -> None:
     assert opened.client.query("SELECT sum(n) FROM counts").result_rows == [(1,)]
 
 
+def test_a_table_that_was_altered_is_looked_at_again(opened: Opened) -> None:
+    """Types, keys and views are those of now, and not of when the sink first saw the table."""
+    sink = opened.sink(patches="never")
+    one = "6f0c5ad6-0f3c-4b58-9c58-4a2f6f8f3a11"
+    opened.table()
+    opened.rows(row("m1", "a1", 1))
+    first = sink.apply(plan_updates([owner(1, "u1", device("a1"))]))
+    # What is unknown is not NULL any more.
+    opened.client.command("ALTER TABLE events MODIFY COLUMN user_id String DEFAULT ''")
+    opened.rows(row("m2", "a2", 1, user_id=""))
+    second = sink.apply(plan_updates([owner(2, "u2", device("a2"))]))
+    # Partitions are by another time.
+    opened.client.command("DROP TABLE events SYNC")
+    columns = EVENTS.replace("anonymous_id Nullable(String)", "anonymous_id UUID")
+    opened.table(f"{columns}, came DateTime", "PARTITION BY toYYYYMM(came) ORDER BY message_id")
+    opened.rows(row("m3", one, 1, came=at(90 * DAY)))
+    third = sink.apply(plan_updates([owner(3, "u3", device(one), between(0, 60))]))
+    # A view takes what is inserted.
+    opened.client.command("DROP TABLE events SYNC")
+    opened.table(f"{EVENTS}, ver UInt8", engine="ReplacingMergeTree(ver)")
+    opened.rows(row("m4", "a4", 1, ver=1))
+    fourth = sink.apply(plan_updates([owner(4, "u4", device("a4"))]))
+    opened.client.command("CREATE TABLE counts (n UInt64) ENGINE = MergeTree ORDER BY n")
+    opened.client.command("CREATE MATERIALIZED VIEW seen TO counts AS SELECT 1 AS n FROM events")
+    sink.apply(plan_updates([owner(5, "u5", device("a4"))]))
+
+    assert [each.rows_changed for each in (first, second, third, fourth)] == [1] * 4
+    assert opened.client.query("SELECT count() FROM counts").result_rows == [(0,)]
+    assert opened.column("user_id", "FINAL") == {"m4": "u5"}
+
+
+def test_a_table_in_several_spellings_is_refused(opened: Opened) -> None:
+    """Of two tables that differ in case alone, neither is taken for the one that was named."""
+    for name in ("EVENTS", "Events"):
+        opened.client.command(f"CREATE TABLE {name} ({EVENTS}) ENGINE = MergeTree {BY_DAY}")
+
+    said = refusal(opened.apply(owner(1, "u1", device("a1"))))
+    exact = opened.apply(update(1, {"user_id": "u1"}, device("a1"), table="Events"))
+
+    assert "there is 'EVENTS' and 'Events'" in said
+    assert exact.rejected == ()
+
+
 # What is in the way -------------------------------------------------------------------------------
 
 

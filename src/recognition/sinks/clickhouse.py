@@ -310,6 +310,9 @@ class ClickhouseSink:
         embedded = given.get("interface") == "chdb"
         self._server = _Server({**given, **options}, embedded, statement_timeout)
         self._tables: dict[str, Table] = {}
+        # How the table that was found under a name was defined, and which were looked at just now.
+        self._defined: dict[str, tuple[object, ...]] = {}
+        self._looked: set[str] = set()
         self._ledgers: set[str] = set()
 
     def compile(self, step: Step) -> str:
@@ -323,7 +326,7 @@ class ClickhouseSink:
         Raises:
             SinkError: The server cannot be read.
         """
-        with self._server.use():
+        with self._use():
             found = self._find(step.table)
             table = self._complete(found, step.shape)
             statements = Statements(table, step, stage_of(f"{STAGE}1", step, table))
@@ -381,7 +384,7 @@ class ClickhouseSink:
         """
         if not plan.steps:
             return Applied(rejected=plan.rejected)
-        with self._server.use(), self._looks_again():
+        with self._use():
             refused: dict[str, RecognitionError] = {}
             for step in plan.steps:
                 refused.update(self._check(step))
@@ -417,20 +420,20 @@ class ClickhouseSink:
             SinkError: The server cannot be read.
         """
         refused: dict[str, RecognitionError] = dict(plan.rejected)
-        with self._server.use():
+        with self._use():
             for step in plan.steps:
                 refused.update(self._check(step))
         return Applied(rejected=tuple(refused.items()))
 
     def advice(self, step: Step) -> list[str]:
         """What the owner of the step's table should know, a sentence each."""
-        with self._server.use():
+        with self._use():
             table = self._find(step.table)
             return [] if table is None else list(self._advice(table, step.shape))
 
     def unfinished(self, table: str) -> list[tuple[str, str]]:
         """The mutations of a table that are not done: the id, and why it failed or ``""``."""
-        with self._server.use():
+        with self._use():
             found = self._find(table)
             mutations = [] if found is None else self._unfinished(found)
             return [(mutation.id, mutation.failure) for mutation in mutations]
@@ -446,14 +449,15 @@ class ClickhouseSink:
         self._server.close()
 
     @contextmanager
-    def _looks_again(self) -> Iterator[None]:
-        """What was known of the tables may have changed since, where something fails."""
-        try:
-            yield
-        except SinkError:
-            self._tables.clear()
-            self._ledgers.clear()
-            raise
+    def _use(self) -> Iterator[None]:
+        """The connection. Tables are looked at again: somebody may have altered or made them."""
+        with self._server.use():
+            self._looked.clear()
+            try:
+                yield
+            except SinkError:
+                self._ledgers.clear()
+                raise
 
     # A step -------------------------------------------------------------------------------------
 
@@ -1146,15 +1150,7 @@ class ClickhouseSink:
 
     def _check(self, step: Step) -> dict[str, TableError]:
         """The updates of the step that this table cannot take, each with the reason."""
-        known = step.table in self._tables
-        refused = self._check_against(self._find(step.table), step)
-        if refused and known:
-            # The table may have been mended since it was looked at.
-            self._tables.pop(step.table, None)
-            refused = self._check_against(self._find(step.table), step)
-        return refused
-
-    def _check_against(self, table: Table | None, step: Step) -> dict[str, TableError]:
+        table = self._find(step.table)
         try:
             if table is None:
                 raise TableError(self._missing(step.table))
@@ -1248,16 +1244,18 @@ class ClickhouseSink:
 
     def _find(self, name: str) -> Table | None:
         """The table or view of this name, in any case, or ``None``."""
-        if name in self._tables:
-            return self._tables[name]
+        if name in self._looked:
+            return self._tables.get(name)
+        self._looked.add(name)
         parts = name.split(".")
         database = sql("currentDatabase()")
         if len(parts) > 1:
             database = sql("%", Parameter("String", parts[0]))
         found = self._server.rows(
             sql(
-                "SELECT database, name, engine, engine_full, sorting_key, dependencies_table"
-                " FROM system.tables WHERE database = % AND lower(name) = lower(%)"
+                "SELECT database, name, engine, engine_full, sorting_key, dependencies_table,"
+                " sipHash64(create_table_query) FROM system.tables"
+                " WHERE database = % AND lower(name) = lower(%)"
                 " ORDER BY name != %, name",
                 database,
                 Parameter("String", parts[-1]),
@@ -1265,12 +1263,20 @@ class ClickhouseSink:
             )
         )
         if not found or len(parts) > 2:
+            self._tables.pop(name, None)
             return None
-        database_name, table_name, engine, full, sorting, views = found[0]
-        distributed = ""
-        if engine == "Distributed":
-            local, distributed = self._local(full)
-            if local is not None and not distributed:
+        database_name, table_name, engine, full, sorting, views, _ = found[0]
+        defined = tuple(map(str, found[0]))
+        if engine != "Distributed" and name in self._tables and self._defined[name] == defined:
+            return self._tables[name]
+        self._defined[name] = defined
+        refused = ""
+        if table_name != parts[-1] and len(found) > 1:
+            spelled = " and ".join(repr(each) for _, each, *_ in found)
+            refused = f"there is {spelled}; which is meant cannot be told"
+        elif engine == "Distributed":
+            local, refused = self._local(full)
+            if local is not None and not refused:
                 self._tables[name] = local
                 return local
         where = (Parameter("String", database_name), Parameter("String", table_name))
@@ -1331,7 +1337,7 @@ class ClickhouseSink:
             column_bytes=sizes,
             views=tuple(views),
             projections=projections,
-            refused=distributed or refuse_engine(engine),
+            refused=refused or refuse_engine(engine),
         )
         self._tables[name] = table
         return table
