@@ -1040,6 +1040,70 @@ def test_a_table_that_was_altered_is_looked_at_again(opened: Opened) -> None:
     assert opened.column("user_id", "FINAL") == {"m4": "u5"}
 
 
+def test_a_window_may_meet_any_number_of_partitions(opened: Opened) -> None:
+    """Whole rows go into more than 100 partitions at once; the version may have any name."""
+    opened.table(f"{EVENTS}, `my ver` UInt64", engine="ReplacingMergeTree(`my ver`)")
+    days = [row(f"m{n}", "a1", n * DAY) for n in range(110)]
+    opened.rows(*days[:90])
+    opened.rows(*days[90:])
+
+    assert opened.apply(owner(1, "u1", device("a1"))).rows_changed == 110
+
+
+def test_a_key_that_is_computed_from_what_is_set_moves_rows(opened: Opened) -> None:
+    """A MATERIALIZED column of ORDER BY follows the user: its rows cannot be set in place."""
+    computed = "owner String MATERIALIZED coalesce(user_id, anonymous_id, '')"
+    opened.table(f"{EVENTS}, {computed}", "ORDER BY (owner, message_id)")
+    opened.rows(row("m1", "a1", 1))
+
+    assert opened.apply(owner(1, "u1", device("a1"))).rows_changed == 1
+    assert opened.column("owner") == {"m1": "u1"}
+
+
+@pytest.mark.parametrize("name", ["start_0", "end_0"])
+def test_a_time_column_may_have_any_name(opened: Opened, name: str) -> None:
+    """Intervals are compared with the column, whatever the statement calls their ends."""
+    opened.table(EVENTS.replace("timestamp", name), BY_DAY.replace("timestamp", name))
+    rows = [row(f"m{n}", "a1", n) for n in range(4)]
+    opened.rows(*({name if k == "timestamp" else k: v for k, v in r.items()} for r in rows))
+    times = [between(n, n + 1).model_copy(update={"column": name}) for n in range(2)]
+
+    opened.apply(*(owner(n, f"u{n}", device("a1"), time) for n, time in enumerate(times)))
+
+    assert opened.column("user_id") == {"m0": "u0", "m1": "u1", "m2": None, "m3": None}
+
+
+def test_times_that_32_bits_cannot_hold_are_found(opened: Opened) -> None:
+    """Of partitions before 1970 and after 2106 the system table tells other times."""
+    opened.table()
+    years = (1901, 1969, 2026, 2107, 2290)
+    for year in years:
+        opened.rows({**row(f"m{year}", "a1", 0), "timestamp": at(0).replace(year=year)})
+    times = [
+        between(0, 1).model_copy(
+            update={"start": at(-1).replace(year=year), "end": at(1).replace(year=year)}
+        )
+        for year in years
+    ]
+
+    for n, time_of in enumerate(times):
+        opened.apply(owner(n + 1, f"u{n}", device("a1"), time_of))
+
+    assert opened.column("user_id") == {f"m{year}": f"u{n}" for n, year in enumerate(years)}
+
+
+def test_what_is_merged_into_other_rows_is_refused(opened: Opened) -> None:
+    """A sum of versions is none, and a row of a CoalescingMergeTree may be half of one."""
+    said = []
+    for engine in ("SummingMergeTree", "CoalescingMergeTree"):
+        opened.client.command("DROP TABLE IF EXISTS events SYNC")
+        opened.table(engine=engine)
+        said.append(refusal(opened.apply(owner(1, "u1", device("a1")))))
+
+    assert "add up" in said[0]
+    assert "may lack what another" in said[1]
+
+
 def test_a_table_in_several_spellings_is_refused(opened: Opened) -> None:
     """Of two tables that differ in case alone, neither is taken for the one that was named."""
     for name in ("EVENTS", "Events"):

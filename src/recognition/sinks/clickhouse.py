@@ -42,7 +42,7 @@ import threading
 import time
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -228,8 +228,6 @@ _MEANT: Mapping[str, str] = {
         f"{what}_overflow_mode": "throw"
         for what in ("read", "set", "join", "group_by", "sort", "distinct", "result", "timeout")
     },
-    # What is staged is there when the next statement looks for it.
-    "async_insert": "0",
     # What is compared, joined, counted and numbered, and how.
     "join_default_strictness": "ALL",
     "enable_positional_arguments": "1",
@@ -244,8 +242,21 @@ _MEANT: Mapping[str, str] = {
     ),
 }
 
+#: With what whole rows are inserted again: they may be in any number of partitions, and a block
+#: that was inserted before with the same rows is none that may be left out.
+_WHOLE: Mapping[str, object] = {"insert_deduplicate": 0, "max_partitions_per_insert_block": 0}
+
+#: Whole rows are put aside in columns of the types that the target has, whoever allowed them.
+_ANY_TYPE: Mapping[str, object] = {
+    "allow_suspicious_fixed_string_types": 1,
+    "allow_suspicious_low_cardinality_types": 1,
+    "flatten_nested": 0,
+}
+
 _DISTRIBUTED = re.compile(r"Distributed\('([^']*)', '([^']*)', '([^']*)'")
-_ARGUMENTS = re.compile(r"\w+\(([^)]*)\)")
+_QUOTED = r"`(?:[^`\\]|\\.)*`|'(?:[^'\\]|\\.)*'"
+_ARGUMENTS = re.compile(rf"\w+\(((?:{_QUOTED}|[^)`'])*)\)")
+_ARGUMENT = re.compile(rf"{_QUOTED}|[^,\s()`']+")
 
 
 # The sink -----------------------------------------------------------------------------------------
@@ -567,11 +578,11 @@ class ClickhouseSink:
             self._mutate(window, table, statements.alter(altered, keys))
         if choice.partitions(INSERT):
             aside = window.name(table, "whole")
-            self._server.run(statements.create_whole(aside))
+            self._server.run(statements.create_whole(aside), _ANY_TYPE)
             self._server.run(statements.select_whole(aside))
             changed += self._count(table, aside)
             if changed:
-                self._write(statements.insert_whole(aside))
+                self._write(statements.insert_whole(aside), _WHOLE)
         if choice.partitions(MOVE):
             changed += self._move(window, statements)
         for partition in choice.apply:
@@ -597,7 +608,7 @@ class ClickhouseSink:
         """
         table = statements.table
         aside = window.name(table, "moved")
-        self._server.run(statements.create_moved(aside))
+        self._server.run(statements.create_moved(aside), _ANY_TYPE)
         self._server.run(statements.select_moved(aside))
         partitions = [str(p) for (p,) in self._server.rows(partitions_aside(table, aside))]
         moved = Moved(table, aside, table.writable, partitions)
@@ -639,9 +650,7 @@ class ClickhouseSink:
                 # Where a client or a proxy sends it again while it runs, the server refuses it
                 # (error 216); once it is done, it finds nothing missing.
                 "query_id": f"{name}_{secrets.token_hex(4)}",
-                # A block that was inserted before with the same rows is none that may be left out.
-                "insert_deduplicate": 0,
-                "max_partitions_per_insert_block": 0,
+                **_WHOLE,
                 # Rows of one key stand in the order in which they came.
                 "max_insert_threads": 1,
             },
@@ -1234,6 +1243,13 @@ class ClickhouseSink:
                     f"{where}, column {name!r}: it is {column.declared}, which an update cannot"
                     " hold; keep what identifies a visitor in columns of their own"
                 )
+            if name in shape.columns and (reason := _merged(table, column)):
+                raise TableError(f"{where}, column {name!r}: {reason}")
+            if name in shape.empty and _UNTOLD.search(column.declared):
+                raise TableError(
+                    f"{where}, column {name!r}: it is {column.declared}, of which cannot be told"
+                    " whether it is empty"
+                )
         for name in (*shape.times, *(shape.messages or ())[1:]):
             column = table.column(name)
             if column.kind != "time":
@@ -1283,7 +1299,8 @@ class ClickhouseSink:
         columns: dict[str, Column] = {}
         ambiguous: dict[str, str] = {}
         types: dict[str, str] = {}
-        keys, partitioned_by, writable, sizes = set(), set(), [], {}
+        declared_types: dict[str, str] = {}
+        keys, partitioned_by, writable, sizes, expressions = set(), set(), [], {}, {}
         for (
             column_name,
             declared,
@@ -1291,10 +1308,12 @@ class ClickhouseSink:
             in_sorting,
             in_partition,
             size,
+            computed,
         ) in self._server.rows(
             sql(
                 "SELECT name, type, default_kind, is_in_sorting_key OR is_in_primary_key,"
-                " is_in_partition_key, data_compressed_bytes FROM system.columns"
+                " is_in_partition_key, data_compressed_bytes, if(default_kind = 'MATERIALIZED',"
+                " default_expression, '') FROM system.columns"
                 " WHERE database = % AND table = % ORDER BY position",
                 *where,
             )
@@ -1305,6 +1324,7 @@ class ClickhouseSink:
                 ambiguous[lower] = f"{columns[lower].name!r} and {column_name!r}"
             columns[lower] = column
             types[column_name] = bare
+            declared_types[column_name] = declared
             sizes[column_name] = int(size)
             if in_sorting:
                 keys.add(column_name)
@@ -1312,6 +1332,12 @@ class ClickhouseSink:
                 partitioned_by.add(column_name)
             if not column.generated:
                 writable.append(column_name)
+            if computed:
+                expressions[column_name] = computed
+        for _ in expressions:  # one may be computed from another
+            for name_in_key in keys & expressions.keys():
+                said = expressions[name_in_key]
+                keys |= {each for each in types if re.search(rf"\b{re.escape(each)}\b", said)}
         projections = self._server.pairs(
             sql(
                 "SELECT name, query FROM system.projections WHERE database = % AND table = %",
@@ -1319,8 +1345,11 @@ class ClickhouseSink:
             )
         )
         arguments = _ARGUMENTS.match(full)
-        listed = [each.strip() for each in arguments[1].split(",")] if arguments else []
-        listed = [each for each in listed if each and not each.startswith("'")]
+        listed = [
+            re.sub(r"\\(.)", r"\1", each[1:-1]) if each.startswith("`") else each
+            for each in (_ARGUMENT.findall(arguments[1]) if arguments else ())
+            if not each.startswith("'")
+        ]
         settings = full.partition(" SETTINGS ")[2]
         table = Table(
             parts=(database_name, table_name),
@@ -1330,6 +1359,7 @@ class ClickhouseSink:
             arguments=tuple(listed),
             settings={key: value.strip("'") for key, value in _SETTING.findall(settings)},
             types=types,
+            declared=declared_types,
             keys=frozenset(keys | partitioned_by | {each for each in listed[:1] if each in types}),
             partitioned_by=frozenset(partitioned_by),
             sorting=sorting,
@@ -1337,7 +1367,7 @@ class ClickhouseSink:
             column_bytes=sizes,
             views=tuple(views),
             projections=projections,
-            refused=refused or refuse_engine(engine),
+            refused=refused or refuse_engine(engine, types),
         )
         self._tables[name] = table
         return table
@@ -1763,6 +1793,7 @@ class _Server:
                 column_names=[name for name, _ in columns],
                 column_type_names=[kind for _, kind in columns],
                 column_oriented=True,
+                settings={"async_insert": 0},  # the next statement looks for it
             )
         except ClickHouseError as exc:
             raise self._translate(exc, False) from exc
@@ -1886,12 +1917,35 @@ def _number(given: dict[str, Any], name: str, default: float) -> float:
         raise ConfigurationError(f"{name} is {said!r}; it is a number") from None
 
 
-def refuse_engine(engine: str) -> str:
+def refuse_engine(engine: str, columns: Iterable[str] = ()) -> str:
     """Why nothing in a table of this engine can be set, or ``""``."""
+    if "_partition_id" in columns:
+        return "it has a column '_partition_id' of its own, which hides the engine's"
     if engine.endswith("View"):
         return "it is a view; updates need the table under it"
     if not engine.endswith("MergeTree"):
         return f"its engine is {engine}; only tables of the MergeTree family can be updated"
+    return ""
+
+
+#: Types without a value that means "nothing is there" as ``''`` or NULL does.
+_UNTOLD = re.compile(r"^(Dynamic|Variant|SimpleAggregateFunction|AggregateFunction)\b|EPHEMERAL$")
+
+#: What rows that are moved have beside their columns.
+_MOVING = re.compile(r"recognition_(partition|block|offset|floor|row|nth|there)")
+
+
+def _merged(table: Table, column: Column) -> str:
+    """Why what is set in a row may not be what a reader sees, once it is merged, or ``""``."""
+    engine = table.engine.removeprefix("Replicated").removeprefix("Shared")
+    if engine == "CoalescingMergeTree":
+        return (
+            "in a CoalescingMergeTree a row may lack what another row of its key has, so that what"
+            " is set in it would take the place of that"
+        )
+    summed = engine == "SummingMergeTree" and column.kind in ("integer", "float", "boolean")
+    if summed and (not table.arguments or column.name in table.arguments):
+        return "a SummingMergeTree would add up what is set in several rows of one key"
     return ""
 
 
@@ -1904,6 +1958,8 @@ def _immovable(table: Table) -> str:
             " MergeTree, and in a ReplacingMergeTree with a version, can be told whether a row was"
             " inserted"
         )
+    if taken := next((name for name in table.types if _MOVING.fullmatch(name)), None):
+        return f"it has a column {taken!r}, and so have rows that are moved"
     if table.views:
         return "a materialized view would take the rows a second time"
     if table.projections:
@@ -2006,6 +2062,11 @@ def _touched(table: Table, step: Step, survey: _Survey) -> tuple[list[Partition]
 
 _Span = tuple[int, int]
 
+# A DateTime64 is of the years 1900 to 2299. The seconds that no year before 1970 looks like in 32
+# bits, and of the years after 2106 none that a clock is likely to be wrong by: 1990 to 2036.
+_HONEST = (631_152_000, 2_085_978_495)
+_WRAP = 2**32 * SECOND
+
 
 def _partition_time(table: Table, step: Step) -> Column | None:
     """
@@ -2025,8 +2086,12 @@ def _span(table: Table, column: Column | None, line: Sequence[Any]) -> _Span | N
     if column is None:
         return None
     first_time, last_time, first_day, last_day = line[5:9]
-    # They are a DateTime, which ends in 2106, and 0 is also what is not known or before 1970.
-    if table.types[column.name].startswith("DateTime") and 0 < first_time <= last_time < 2**32 - 1:
+    # They are a DateTime, which ends in 2106, and 0 is also what is not known. Of a DateTime64 they
+    # are what is left of it in 32 bits: years before 1970 look like 2036 and later, those after
+    # 2106 like 1970 and later.
+    wide = table.types[column.name].startswith("DateTime64")
+    least, most = _HONEST if wide else (1, 2**32 - 2)
+    if table.types[column.name].startswith("DateTime") and least <= first_time <= last_time <= most:
         return (first_time * SECOND, (last_time + 1) * SECOND)
     if table.types[column.name] == "Date" and 0 < first_day <= last_day:
         return (first_day * DAY, (last_day + 1) * DAY)
@@ -2042,9 +2107,11 @@ def _spread(
     each = _UNKNOWN_ROWS if expected is None else expected / len(step.rows)
     if shape.messages is not None:
         each = min(each, 1.0)
-    if column is None or None in spans:
+    if column is None:
         return [each * len(step.rows) / len(spans) for _ in spans]
-    known = sorted((*span, place) for place, span in enumerate(cast(Sequence[_Span], spans)))
+    known = sorted((*span, place) for place, span in enumerate(spans) if span is not None)
+    # Those of which nothing is known are always met.
+    unknown, among_unknown = len(spans) - len(known), 0.0
     # Partitions by time do not overlap, so that those which an interval meets are neighbours. Where
     # some do, a few more are taken than are met.
     starts, ends = [first for first, *_ in known], list(accumulate((e for _, e, _ in known), max))
@@ -2054,13 +2121,17 @@ def _spread(
     for row in step.rows:
         start, end = _reach(row, places, by_message)
         first, last = bisect_right(ends, start), bisect_left(starts, end)
+        if start > _WRAP or _WRAP < end < inf:
+            first, last = 0, len(known)
+        if met := max(last - first, 0) + unknown:
+            among_unknown += each / met
         if first < last:
-            share = each / (last - first)
+            share = each / met
             begins[first] += share
             begins[last] -= share
             shared[first] += 1
             shared[last] -= 1
-    shares: list[float | None] = [None] * len(known)
+    shares: list[float | None] = [among_unknown] * len(spans)
     for (*_, place), share, met in zip(known, accumulate(begins), accumulate(shared), strict=False):
         shares[place] = max(share, 0.0) if met else None
     return shares

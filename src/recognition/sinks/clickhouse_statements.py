@@ -142,6 +142,7 @@ class Table(Target):
         arguments: Those of the engine: a ReplacingMergeTree's version and mark of deleted rows.
         settings: What the table itself sets.
         types: By column, its type without LowCardinality and Nullable.
+        declared: By column, its type as the database shows it.
         keys: The columns of sorting and partition key, which cannot be updated; a
             ReplacingMergeTree's version too.
         partitioned_by: The columns of the partition key.
@@ -157,6 +158,7 @@ class Table(Target):
     arguments: tuple[str, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     types: Mapping[str, str] = field(default_factory=dict)
+    declared: Mapping[str, str] = field(default_factory=dict)
     keys: frozenset[str] = frozenset()
     partitioned_by: frozenset[str] = frozenset()
     sorting: str = ""
@@ -240,6 +242,8 @@ def read_column(name: str, declared: str, default_kind: str) -> tuple[Column, st
         kind = "uuid"
     elif time_range(bare) is not None:
         kind = "time"
+    if default_kind == "EPHEMERAL":
+        kind, declared = "other", f"{declared} EPHEMERAL"
     column = Column(
         name=name,
         declared=declared,
@@ -400,6 +404,11 @@ class Keys(NamedTuple):
     prunes: bool
 
 
+def _argument(name: str) -> Name:
+    """The name of a lambda's argument; no column can have it, because no message can name it."""
+    return Name(f".{name}")
+
+
 class _Lookup:
     """How the statements of a step find what was staged for a row of the target."""
 
@@ -448,14 +457,17 @@ class _Lookup:
     def _place(self) -> Fragment:
         """Which of the key's rows the row of the target belongs to; 0: none."""
         places = range(len(self._shape.times))
-        names = [Name(f"{end}_{place}") for place in places for end in ("start", "end")]
+        names = [f"{end}_{place}" for place in places for end in ("start", "end")]
+        # The function's arguments hide columns of their names.
         return sql(
             "arrayFirstIndex((%) -> %, %)",
-            join(", ", [sql("%", name) for name in names]),
+            join(", ", [sql("%", _argument(name)) for name in names]),
             _all(
                 [
                     self._within(
-                        place, sql("%", Name(f"start_{place}")), sql("%", Name(f"end_{place}"))
+                        place,
+                        sql("%", _argument(f"start_{place}")),
+                        sql("%", _argument(f"end_{place}")),
                     )
                     for place in places
                 ]
@@ -800,7 +812,7 @@ class Statements:
         """How many rows are as each update wants them."""
         where = _all([*self.selects(), *self.holds()])
         return sql(
-            "SELECT % AS matched_update, count() FROM % WHERE % GROUP BY 1",
+            "SELECT %, count() FROM % WHERE % GROUP BY 1",
             self._lookup.value("update_id"),
             self._seen(),
             where,
@@ -809,7 +821,7 @@ class Statements:
     def create_whole(self, name: Name, more: Sequence[tuple[Name, str]] = ()) -> Fragment:
         """A table for whole rows, each with ``more`` columns, given by name and type."""
         columns = [
-            sql("% %", Name(column), sql_type(self.table.column(column).declared))
+            sql("% %", Name(column), sql_type(self.table.declared[column]))
             for column in self.table.writable
         ]
         columns += [sql("% %", column, sql_type(kind)) for column, kind in more]
