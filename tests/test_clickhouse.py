@@ -955,6 +955,17 @@ def test_an_update_reads_the_granules_of_its_keys(
     assert left_out >= 2 * (100 - granules)  # by the update, and where it counts what it met
 
 
+def test_a_message_whose_time_was_rounded_into_the_next_day_is_found(opened: Opened) -> None:
+    """The last half second of a day may be stored as the first of the next one."""
+    opened.table(EVENTS.replace("DateTime64(6, 'UTC')", "DateTime('UTC')"))
+    opened.rows(row("m1", "a1", DAY / 2))
+    named = Messages(
+        id_column="message_id", time_column="timestamp", refs=(("m1", at(DAY / 2 - 0.1)),)
+    )
+
+    assert opened.apply(owner(1, "u1", named)).rows_changed == 1
+
+
 def test_one_device_may_have_many_intervals(opened: Opened) -> None:
     """Many intervals of one device are one statement, values and nulls in their places."""
     opened.table(f"{EVENTS}, stitched_user_id Nullable(String)")

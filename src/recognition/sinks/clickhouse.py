@@ -2138,9 +2138,9 @@ def _spread(
 
 
 def _second(time: int) -> _Span:
-    """The full second that a time lies in."""
+    """The full second that a time lies in, and one more: what is stored may be rounded."""
     start = time // SECOND * SECOND
-    return start, start + SECOND
+    return start, start + 2 * SECOND
 
 
 def _reach(row: StagedRow, places: Sequence[int], by_message: bool) -> tuple[float, float]:

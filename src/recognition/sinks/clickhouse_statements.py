@@ -641,9 +641,12 @@ class Statements:
         if shape.messages is not None:
             time_column = table.column(shape.messages[1])
             if time_column.name in table.keys and not time_column.nullable:
+                zone = _zone(table.types[time_column.name])
+                # A time may have been rounded up to the next second, and that be of the next day.
                 day = sql(
-                    "toDate(fromUnixTimestamp64Micro(message_time%))",
-                    _zone(table.types[time_column.name]),
+                    "arrayJoin(arrayDistinct([toDate(fromUnixTimestamp64Micro(message_time%)),"
+                    " toDate(fromUnixTimestamp64Micro(message_time + 1000000%))]))",
+                    *(zone, zone),
                 )
                 return sql("(toDate(%), %)", Name(time_column.name), name), [day, staged]
         return name, [staged]
