@@ -26,7 +26,7 @@ from recognition.errors import (
 from recognition.messages import Between, Equals, Messages
 from recognition.planner import plan_updates
 from recognition.sinks import Sink, open_sink
-from recognition.sinks.clickhouse import _lock_name
+from recognition.sinks.clickhouse import _LIVE, _lock_name
 from recognition.sinks.clickhouse_statements import Name, Parameter, sql
 from recognition.testing import SinkTests
 from recognition.testing.sinks import (
@@ -1357,6 +1357,27 @@ def test_what_a_dead_worker_of_this_process_left_is_taken_away(opened: Opened) -
     mark = f"recognition_broken_00000001_0000000a_{lock.removeprefix('recognition_lock_')}"
     assert once == [mark]  # it says who was broken, until that one cannot wake up any more
     assert opened.made() == []
+
+
+def test_a_worker_that_was_asleep_before_it_staged_writes_nothing(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who took its lock away had nothing to drop yet, and wrote a later update meanwhile."""
+    opened.table()
+    opened.rows(row("m1", "a1", 1))
+    asleep, other = opened.sink(), opened.sink()
+    fill = asleep._fill
+
+    def wake_up_late(*arguments: Any) -> None:
+        _LIVE.clear()
+        other.apply(plan_updates([owner(2, "u2", device("a1"))]))
+        fill(*arguments)
+
+    monkeypatch.setattr(asleep, "_fill", wake_up_late)
+    with pytest.raises(SinkUnavailableError, match="took window"):
+        asleep.apply(plan_updates([owner(1, "u1", device("a1"))]))
+
+    assert opened.column("user_id") == {"m1": "u2"}
 
 
 # Statements ---------------------------------------------------------------------------------------

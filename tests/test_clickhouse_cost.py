@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from recognition.sinks.clickhouse_cost import (
     ALTER,
     INSERT,
     MOVE,
+    OVERRIDE,
     STRATEGIES,
     UPDATE,
     Partition,
@@ -56,6 +59,8 @@ def partitions(matched: float, count: int = 12, cold: bool = True) -> list[Parti
         (ALTER, "never", 2.0, 12, 6.49),
         (ALTER, "never", 6.8, 12, 11.9),
         (ALTER, "never", 0.2, 1, 1.04),
+        (OVERRIDE, "never", 0.002, 12, 0.07),
+        (OVERRIDE, "never", 0.2, 12, 0.19),
         (INSERT, "never", 0.002, 12, 3.15),
         (INSERT, "never", 0.2, 12, 9.57),
         (INSERT, "never", 2.0, 12, 29.1),
@@ -158,3 +163,19 @@ def test_without_a_strategy_there_is_no_choice() -> None:
 
     with pytest.raises(ValueError, match="no strategy"):
         choose(work, partitions(0.2))
+
+
+def test_what_asks_something_of_readers_is_taken_only_where_it_is_forced() -> None:
+    """To publish is the cheapest by far, and possible where nothing else is; it is not chosen."""
+    usual = choose(WORK, partitions(0.2))
+    nothing = replace(WORK, unavailable={n: "no" for n in STRATEGIES if n != OVERRIDE})
+
+    forced = choose(nothing, partitions(0.2), OVERRIDE)
+
+    costs = {each.strategy: each.cpu_seconds for each in usual.estimates if not each.unavailable}
+    assert min(costs, key=lambda name: costs[name]) == OVERRIDE
+    assert {*usual.by_partition.values()} == {UPDATE}
+    assert {*forced.by_partition.values()} == {OVERRIDE}
+    assert forced.apply == ()
+    with pytest.raises(ValueError, match="no strategy"):
+        choose(nothing, partitions(0.2))

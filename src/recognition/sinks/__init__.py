@@ -90,6 +90,8 @@ class Applied:
             An update of which a later one covered everything is not in it. What it expects and a
             later one took, in this plan or by the ledger, is expected of that one: the ledger's
             part counts as matched here.
+            A sink that publishes values for rows that are still to come, and reads none, has none
+            in it, and no rows matched: what an update expects is taken as met.
         rejected: The ids of updates of which nothing was written, each with its reason. All others
             of the plan were applied. A refused update still hides what it covers of its own plan.
         statements: How many statements were sent, those that stage and look up included.

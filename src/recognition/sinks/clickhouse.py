@@ -76,12 +76,23 @@ from recognition.sinks.clickhouse_cost import (
     GRANULE,
     INSERT,
     MOVE,
+    ONLY_FORCED,
+    OVERRIDE,
     STRATEGIES,
     UPDATE,
+    VISITOR_ROWS,
     Choice,
     Partition,
     Work,
     choose,
+)
+from recognition.sinks.clickhouse_overrides import (
+    PREFIX,
+    Overrides,
+    count_seen,
+    refuse_shape,
+    refuse_table,
+    view_of,
 )
 from recognition.sinks.clickhouse_statements import (
     CEILING,
@@ -150,10 +161,6 @@ _IN_ORDER: Mapping[str, object] = {
     "allow_reorder_prewhere_conditions": 0,
 }
 
-# How many rows a visitor has, where the update does not say: about 20 in the event files that we
-# measured with.
-_UNKNOWN_ROWS = 20
-
 _HOLDS: Mapping[str, tuple[type, ...]] = {
     "text": (str,),
     "integer": (int, float),
@@ -212,6 +219,11 @@ _SAID: Mapping[int, tuple[type[SinkError], str]] = {
 }
 _EXISTS, _NO_TABLE = 57, 60
 _CROWDED = {252, 692}
+
+#: So many lines are squashed, however young: each is in memory, for as long as it stands.
+_MOST_LINES = 1_000_000
+
+_AS_IT_IS = sql("")
 
 #: A table that was made for a window: what it is, and the window's id.
 _MADE = re.compile(r"(recognition_stage_|recognition_broken_)([0-9a-f]{8}_[0-9a-f]{8})")
@@ -279,10 +291,16 @@ class ClickhouseSink:
         statement_timeout: How long one statement may run, in seconds. After that it may still run
             on the server; the next call waits for it.
         ledger_days: After how many days the ledger may forget what was applied.
-        strategy: ``auto``, or one of ``update``, ``alter``, ``insert`` and ``delete-and-insert``
-            for all tables that can have it; the updates of the others are refused, with the reason.
+        strategy: ``auto``, or one of ``update``, ``alter``, ``insert``, ``delete-and-insert`` and
+            ``override`` for all tables that can have it; the updates of the others are refused,
+            with the reason. With ``override`` nothing is written to a table but what cannot be
+            published beside it; readers query the view ``<table>_recognized``.
         patches: ``auto`` applies the patches of a lightweight update where reading them would cost
             more, ``always`` at once, ``never`` leaves them to merges.
+        squash_after: With ``override``: how old what is published may become until a window writes
+            it in place, in seconds. 0: never, but by `squash`.
+        override_counts: With ``override``: whether rows are counted, by two queries of the view.
+            Otherwise no row of the table is read; no update is in `Applied.matched_by_update`.
     """
 
     capabilities = Capabilities(ledger=True, counts_per_update=True)
@@ -296,6 +314,8 @@ class ClickhouseSink:
         ledger_days: int = 90,
         strategy: str = "auto",
         patches: str = "auto",
+        squash_after: float = 86_400.0,
+        override_counts: bool = False,
         **options: object,
     ) -> None:
         given = _read_url(url)
@@ -304,6 +324,8 @@ class ClickhouseSink:
         ledger_days = int(_number(given, "ledger_days", ledger_days))
         strategy = given.pop("strategy", strategy)
         patches = given.pop("patches", patches)
+        squash_after = _number(given, "squash_after", squash_after)
+        counts = str(given.pop("override_counts", override_counts)).lower()
         if timeout < 0:
             raise ConfigurationError(f"timeout is {timeout} seconds; it is at least 0")
         if ledger_days < 1:
@@ -314,9 +336,16 @@ class ClickhouseSink:
             )
         if patches not in ("auto", "always", "never"):
             raise ConfigurationError(f"patches is {patches!r}; it is auto, always or never")
+        if squash_after < 0:
+            raise ConfigurationError(f"squash_after is {squash_after} seconds; it is at least 0")
+        if counts not in ("true", "false"):
+            raise ConfigurationError(f"override_counts is {counts!r}; it is true or false")
         self._timeout = timeout
         self._ledger_days = ledger_days
-        self._forced = None if strategy == "auto" else strategy
+        self._publishes = strategy == OVERRIDE
+        self._forced = None if strategy in ("auto", OVERRIDE) else strategy
+        self._squash_after = squash_after
+        self._override_counts = counts == "true"
         self._patches = patches
         embedded = given.get("interface") == "chdb"
         self._server = _Server({**given, **options}, embedded, statement_timeout)
@@ -325,6 +354,7 @@ class ClickhouseSink:
         self._defined: dict[str, tuple[object, ...]] = {}
         self._looked: set[str] = set()
         self._ledgers: set[str] = set()
+        self._unsquashed: set[tuple[str, ...]] = set()  # of which was said that they cannot be
 
     def compile(self, step: Step) -> str:
         """
@@ -349,8 +379,9 @@ class ClickhouseSink:
                 for bound in step.bounds
             ]
             said = [f"-- {' and '.join(bounds) or 'no bounds'}; {len(step.rows)} staged rows"]
+            publishes = self._publishes and OVERRIDE not in work.unavailable
             try:
-                strategy = self._possible(table, work)
+                strategy = OVERRIDE if publishes else self._possible(table, work, self._forced)
             except TableError as error:
                 said.append(f"-- refused: {error}")
                 return "\n".join([statements.alter(None, None).render()[0], *said])
@@ -358,12 +389,16 @@ class ClickhouseSink:
             keys = self._keys(step, partitions, Name(f"{STAGE}1_keys"))
             sent = self._statements(statements, choice, every, keys)
             sent = sent or [statements.update(None, keys)]
+            if publishes:
+                overrides = Overrides(self._server, table, _lock_name(table))
+                sent = [sql("CREATE VIEW % AS %", overrides.view, overrides.define(step.shape))]
             for estimate in choice.estimates:
                 said.append(
                     f"-- {estimate.strategy}: not possible, {estimate.unavailable}"
                     if estimate.unavailable
                     else f"-- {estimate.strategy}: about {estimate.cpu_seconds:.1f} CPU seconds,"
                     f" {estimate.bytes_written / 1e6:.1f} MB written"
+                    f"{'; only where it is forced' * (estimate.strategy in ONLY_FORCED)}"
                 )
             rows = sum(partition.rows for partition in partitions)
             matched = sum(partition.matched for partition in partitions)
@@ -409,6 +444,8 @@ class ClickhouseSink:
             if steps:
                 tables = {table.parts: table for table in (self._tables[s.table] for s in steps)}
                 with self._window(list(tables.values())) as window:
+                    for table in tables.values():
+                        self._squash_due(window, table)
                     for step in steps:
                         done += self._run(window, self._tables[step.table], step, matched)
             rejected = (*plan.rejected, *sorted(refused.items(), key=lambda pair: pair[0]))
@@ -449,6 +486,25 @@ class ClickhouseSink:
             mutations = [] if found is None else self._unfinished(found)
             return [(mutation.id, mutation.failure) for mutation in mutations]
 
+    def squash(self, table: str) -> int:
+        """
+        Write in place what is published beside a table, and forget it: how many rows changed.
+
+        It is what a window does when something is older than ``squash_after``, and before it writes
+        in place itself. A second time there is nothing to do. To leave the mode: squash, read the
+        table again, and drop the view and the tables ``recognition_override_..``.
+
+        Raises:
+            TableError: There is no such table, or no strategy to write in place.
+            SinkError: As `apply`.
+        """
+        with self._use():
+            found = self._find(table)
+            if found is None:
+                raise TableError(self._missing(table))
+            with self._window([found]) as window:
+                return self._squash(window, found)
+
     def clock(self) -> datetime:
         """The time of the server."""
         with self._server.use():
@@ -483,22 +539,22 @@ class ClickhouseSink:
             later, spared = self._find_later(window, table, step)
             if any(later):
                 parts = list(cut_and_spare(step, *later))
-        done = []
+        done: list[AppliedStep] = []
         for part, notes in parts:
             if part.shape.covers and not part.shape.versioned:
                 self._remember(table, part)
             spares = tuple(sorted(notes, key=lambda note: note[1:]))
+            if self._publishes and self._publish(window, table, part, spares, matched, done):
+                continue
             statements = Statements(table, part, window.stage(table, part, spares))
             self._fill(statements, spared)
-            changed = self._change(window, statements)
+            # It fails where the lock is another's: that one has not seen what was staged since.
+            held = Name(f"w_{window.id}")
+            self._server.rows(sql("SELECT count(%) FROM %", held, table.beside(_lock_name(table))))
+            changed = self._change(window, statements, self._forced)
             rows = changed
             if part.needs_count(changed):
-                rows = 0
-                for update_id, count in self._server.rows(statements.count_matches()):
-                    matched[update_id] += count
-                    rows += count
-                for row in part.rows:
-                    matched[row.update_id] += 0
+                rows = self._match(statements, matched)
             done.append(
                 AppliedStep(
                     table=step.table,
@@ -512,6 +568,18 @@ class ClickhouseSink:
             if update_id in matched:
                 matched[update_id] += taken
         return done
+
+    def _match(
+        self, statements: Statements, matched: defaultdict[str, int], merged: Fragment = _AS_IT_IS
+    ) -> int:
+        """Count the rows that each update of the step matches, and all of them."""
+        rows = 0
+        for update_id, count in self._server.rows(sql("%%", statements.count_matches(), merged)):
+            matched[update_id] += count
+            rows += count
+        for row in statements.step.rows:
+            matched[row.update_id] += 0
+        return rows
 
     def _fill(
         self, statements: Statements, spared: Mapping[tuple[object, ...], Sequence[str]]
@@ -532,11 +600,11 @@ class ClickhouseSink:
         for statement in statements.fill_by_key():
             self._server.run(statement)
 
-    def _change(self, window: _Window, statements: Statements) -> int:
+    def _change(self, window: _Window, statements: Statements, forced: str | None) -> int:
         """Send what the choice says; how many rows changed."""
         table, step = statements.table, statements.step
         work = self._work(table, step.shape)
-        forced = self._possible(table, work)
+        forced = self._possible(table, work, forced)
         survey = self._survey(table)
         if survey.unfinished:
             self._wait_until_quiet(table)
@@ -562,7 +630,9 @@ class ClickhouseSink:
             altered = choice.partitions(ALTER)
             changed += sum(counts.get(partition, 0) for partition in altered)
         updated = choice.partitions(UPDATE)
-        keys = self._keys(step, partitions, window.name(table, "keys"))
+        keys = None
+        if statements.keyed:
+            keys = self._keys(step, partitions, window.name(table, "keys"))
         if keys is not None and (updated or altered):
             for statement in statements.create_keys(keys.name):
                 self._server.run(statement)
@@ -595,6 +665,97 @@ class ClickhouseSink:
             return None
         granules = sum(partition.rows for partition in partitions) / GRANULE
         return Keys(name, prunes=len(step.rows) <= max(granules, 100))
+
+    # What is published beside a table -----------------------------------------------------------
+
+    def _publish(
+        self,
+        window: _Window,
+        table: Table,
+        step: Step,
+        spares: tuple[Spared, ...],
+        matched: defaultdict[str, int],
+        done: list[AppliedStep],
+    ) -> bool:
+        """
+        Publish a step; ``False``: it has to be written in place, after what stands was.
+
+        What cannot stand beside what does, stands alone: that is squashed first.
+
+        Raises:
+            TableError: What stands would have to be squashed, and cannot be.
+        """
+        started = time.perf_counter()
+        overrides = Overrides(self._server, table, _lock_name(table))
+        alone = "later updates took single rows of it" if spares else refuse_shape(step.shape, ())
+        if reason := alone or overrides.refuse_shape(step.shape):
+            try:
+                if alone:
+                    self._possible(table, self._work(table, step.shape), None)
+                self._squash(window, table)
+            except TableError as error:
+                raise TableError(f"{error}; and it cannot be published: {reason}") from error
+            _log.info("table %s: was squashed before an update: %s", step.table, reason)
+            if alone:
+                return False
+            overrides = Overrides(self._server, table, _lock_name(table))
+        rows = changed = 0
+        # It reaches through a view, to the table under it; FINAL does not.
+        merged = sql(" SETTINGS final = 1") if table.merges_rows else _AS_IT_IS
+        if self._override_counts:
+            stage = window.stage(table, step, ())
+            before = Statements(overrides.seen(), step, stage)
+            self._fill(before, {})
+            [[changed]] = self._server.rows(sql("%%", count_seen(before), merged))
+        overrides.publish(window, step)
+        if self._override_counts:
+            rows = changed
+            if step.needs_count(changed):
+                rows = self._match(Statements(overrides.seen(), step, stage), matched, merged)
+        done.append(
+            AppliedStep(
+                table=step.table,
+                rows_matched=rows,
+                rows_changed=changed,
+                seconds=time.perf_counter() - started,
+            )
+        )
+        return True
+
+    def _squash(self, window: _Window, table: Table) -> int:
+        """Write in place what is published, and forget it; how many rows changed."""
+        overrides = Overrides(self._server, table, _lock_name(table))
+        statements = overrides.stage(window)
+        if statements is None:
+            return 0
+        changed = self._change(window, statements, None)
+        overrides.forget(window)
+        _log.info("table %s: was squashed, %d rows changed", table.parts[1], changed)
+        return changed
+
+    def _squash_due(self, window: _Window, table: Table) -> None:
+        """
+        Squash what has to be: all where this window writes in place, else what is old or much.
+
+        Raises:
+            TableError: This window would write in place, and what is published cannot be.
+        """
+        if table.parts not in window.overridden:
+            return
+        if not self._publishes:
+            self._squash(window, table)
+            return
+        if not self._squash_after:
+            return
+        lines, age = Overrides(self._server, table, _lock_name(table)).age()
+        if age <= self._squash_after and lines <= _MOST_LINES:
+            return
+        try:
+            self._squash(window, table)
+        except TableError as error:
+            if table.parts not in self._unsquashed:
+                self._unsquashed.add(table.parts)
+                _log.warning("%d lines are published, and cannot be squashed: %s", lines, error)
 
     # Rows that get another key ------------------------------------------------------------------
 
@@ -672,6 +833,8 @@ class ClickhouseSink:
 
         A statement of theirs may still run: it is waited for. What they begin from now on fails,
         because the lock is not theirs, or does nothing, because it was done.
+
+        By the way it is seen whether something is published beside the table.
         """
         deadline = time.monotonic() + self._timeout
         delay = 0.05
@@ -679,11 +842,13 @@ class ClickhouseSink:
             [[names, running]] = self._server.rows(
                 sql(
                     "SELECT (SELECT groupArray(name) FROM system.tables WHERE database = %"
-                    " AND startsWith(name, %) AND endsWith(name, %)), (SELECT count()"
+                    " AND (startsWith(name, %) OR startsWith(name, %) AND total_rows > 0)"
+                    " AND endsWith(name, %)), (SELECT count()"
                     " FROM system.processes WHERE position(query, 'recognition_moved_') > 0"
                     " AND position(query, %) > 0 AND position(query, 'system.processes') = 0)",
                     Parameter("String", table.parts[0]),
                     Parameter("String", MOVED),
+                    Parameter("String", PREFIX),
                     Parameter("String", _suffix(table)),
                     Parameter("String", _suffix(table)),
                 )
@@ -697,7 +862,9 @@ class ClickhouseSink:
                 )
             time.sleep(delay)
             delay = min(2 * delay, 2.0)
-        for name in sorted(str(name) for name in names):
+        if any(name.startswith(PREFIX) for name in names):
+            window.overridden.add(table.parts)
+        for name in sorted(str(name) for name in names if name.startswith(MOVED)):
             _log.info("window %s completes what %s has left", window.id, name)
             self._complete_move(window, table, Name(name))
 
@@ -1164,7 +1331,16 @@ class ClickhouseSink:
             if table is None:
                 raise TableError(self._missing(step.table))
             self._refuse_shape(table, step)
-            self._possible(table, self._work(table, step.shape))
+            work = self._work(table, step.shape)
+            if self._publishes and (unpublishable := refuse_table(table)):
+                raise TableError(
+                    f"table {step.table!r}: strategy {OVERRIDE} is not possible, because"
+                    f" {unpublishable}"
+                )
+            if self._publishes and OVERRIDE not in work.unavailable:
+                Overrides(self._server, table, _lock_name(table)).check_view()
+            else:
+                self._possible(table, work, self._forced)
         except TableError as error:
             whole = TableError(f"{error}; nothing of these updates was written")
             return {row.update_id: whole for row in step.rows}
@@ -1511,6 +1687,8 @@ class ClickhouseSink:
             unavailable.setdefault(INSERT, "only a ReplacingMergeTree replaces rows by later ones")
         elif table.views:
             unavailable.setdefault(INSERT, "a materialized view would take the rows a second time")
+        if published := refuse_table(table) or refuse_shape(shape, ()):
+            unavailable[OVERRIDE] = published
         preferred = None
         if table.replacing and table.arguments:
             preferred = (
@@ -1529,19 +1707,19 @@ class ClickhouseSink:
             == "v2",
         )
 
-    def _possible(self, table: Table, work: Work) -> str | None:
+    def _possible(self, table: Table, work: Work, forced: str | None) -> str | None:
         """
-        The strategy that is forced, if any.
+        The strategy in place that is forced, if any.
 
         Raises:
             TableError: The table cannot have it, or none at all; the text says which it can have.
         """
-        possible = [name for name in STRATEGIES if name not in work.unavailable]
-        if self._forced is not None and self._forced in work.unavailable:
+        possible = [n for n in STRATEGIES if n not in (*work.unavailable, *ONLY_FORCED)]
+        if forced is not None and forced in work.unavailable:
             others = f"possible: {', '.join(possible)}" if possible else "and no other is possible"
             raise TableError(
-                f"table {table.parts[1]!r}: strategy {self._forced} is not possible, because"
-                f" {work.unavailable[self._forced]} ({others})"
+                f"table {table.parts[1]!r}: strategy {forced} is not possible, because"
+                f" {work.unavailable[forced]} ({others})"
             )
         if not possible:
             by_reason: defaultdict[str, list[str]] = defaultdict(list)
@@ -1552,12 +1730,15 @@ class ClickhouseSink:
                 f"table {table.parts[1]!r}: no strategy is possible ({reasons}). Let {MOVE} be"
                 " possible, or set a column that is in no key: with --target-column, or by a table"
                 " whose ORDER BY and PARTITION BY do not name it"
+                f"{f'; or publish it, by strategy={OVERRIDE}' * (OVERRIDE not in work.unavailable)}"
             )
-        return self._forced
+        return forced
 
     def _advice(self, table: Table, shape: Shape) -> Iterator[str]:
         """What the table's owner should know; for whoever reads a plan."""
         names = {table.column(name).name for name in shape.columns}
+        if self._publishes:
+            yield f"readers have to query {'.'.join(map(quote, (table.parts[0], view_of(table))))}"
         if table.views:
             yield f"{len(table.views)} materialized views will not see the change"
         for name, query in table.projections.items():
@@ -1623,6 +1804,8 @@ class _Window:
 
     def __init__(self, id: str) -> None:
         self.id = id
+        #: The tables beside which something is published.
+        self.overridden: set[tuple[str, ...]] = set()
         self._made: list[Fragment] = []
         self._count = 0
 
@@ -2104,7 +2287,7 @@ def _spread(
     """How many rows of each partition may change; ``None``: no row's interval meets it."""
     shape = step.shape
     expected = step.expected_rows
-    each = _UNKNOWN_ROWS if expected is None else expected / len(step.rows)
+    each = VISITOR_ROWS if expected is None else expected / len(step.rows)
     if shape.messages is not None:
         each = min(each, 1.0)
     if column is None:

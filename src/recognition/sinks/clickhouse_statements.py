@@ -409,7 +409,7 @@ def _argument(name: str) -> Name:
     return Name(f".{name}")
 
 
-class _Lookup:
+class Lookup:
     """How the statements of a step find what was staged for a row of the target."""
 
     def __init__(self, table: Table, shape: Shape, stage: Stage) -> None:
@@ -479,9 +479,12 @@ class _Lookup:
 class Statements:
     """What is sent for one step, as fragments; nothing here connects."""
 
+    #: The rows of the step have keys of one kind, which can be asked for: see `create_keys`.
+    keyed = True
+
     def __init__(self, table: Table, step: Step, stage: Stage) -> None:
         self.table, self.step, self.stage = table, step, stage
-        self._lookup = _Lookup(table, step.shape, stage)
+        self._lookup = Lookup(table, step.shape, stage)
 
     # The stage
 
@@ -595,17 +598,19 @@ class Statements:
 
     def selects(self) -> list[Fragment]:
         """What makes a row one of the step's, whatever the columns hold that are set."""
-        found, staged = self._known()
-        among = sql("% IN (SELECT % FROM %)", found, join(", ", staged), self._rows())
-        return [*self._bounds(), among, *self._details()]
-
-    def _rows(self) -> Fragment:
-        return self.table.beside(self.stage.rows)
+        return [*self._bounds(), self._candidates(), *self.conditions()]
 
     def _bounds(self) -> list[Fragment]:
         return [each for bound in self.step.bounds for each in _bounded(self.table, bound)]
 
-    def _details(self) -> list[Fragment]:
+    def _candidates(self) -> Fragment:
+        found, staged = self._known()
+        return sql("% IN (SELECT % FROM %)", found, join(", ", staged), self._rows())
+
+    def _rows(self) -> Fragment:
+        return self.table.beside(self.stage.rows)
+
+    def conditions(self) -> list[Fragment]:
         """What is left to ask of a row whose key is staged."""
         shape, table = self.step.shape, self.table
         where = [
@@ -653,6 +658,15 @@ class Statements:
 
     def lacks(self) -> list[Fragment]:
         """The row does not hold the values yet, and may be given them."""
+        shape = self.step.shape
+        where = self.allows()
+        own_empty = [column for column in shape.empty if column in shape.columns]
+        if not shape.versioned and not fills(self.step, own_empty):
+            where.append(_any([self._differs(name) for name in shape.columns]))
+        return where
+
+    def allows(self) -> list[Fragment]:
+        """The row may be given the values: what it holds is nobody's, or an earlier update's."""
         shape, table = self.step.shape, self.table
         own_empty = [column for column in shape.empty if column in shape.columns]
         if shape.versioned:
@@ -664,10 +678,7 @@ class Statements:
                 sql("% OR ifNull(%, 0)", unset, older),
                 sql("(%) OR NOT (%)", _all([_empty(table, name) for name in own_empty]), unset),
             ]
-        where = [_empty(table, name) for name in own_empty]
-        if not fills(self.step, own_empty):
-            where.append(_any([self._differs(name) for name in shape.columns]))
-        return where
+        return [_empty(table, name) for name in own_empty]
 
     def _differs(self, name: str) -> Fragment:
         column = self.table.column(name)
@@ -747,7 +758,7 @@ class Statements:
         """https://clickhouse.com/docs/sql-reference/statements/update"""
         where = [*self.selects(), *self.lacks()]
         if keys is not None:
-            where = [*self._among(keys), *self._bounds(), *self._details(), *self.lacks()]
+            where = [*self._among(keys), *self._bounds(), *self.conditions(), *self.lacks()]
         within = sql("")
         if partitions is not None and len(partitions) == 1:
             within = sql(" IN PARTITION ID %", Parameter("String", partitions[0]))
@@ -769,7 +780,7 @@ class Statements:
         where = [*self.selects(), *self.lacks()]
         if keys is not None:
             known, *_ = self._among(keys)
-            details = _all([*self._details(), *self.lacks()])
+            details = _all([*self.conditions(), *self.lacks()])
             where = [known, sql("if(%, %, 0)", known, details)]
         within = sql("")
         if partitions is not None and len(partitions) == 1:
