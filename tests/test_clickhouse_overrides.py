@@ -624,14 +624,13 @@ def test_a_replicated_table_is_refused(opened: Opened) -> None:  # noqa: F811
     """What is published is on one host alone."""
     opened.table()
     sink = opened.sink(strategy="override")
-    step = plan_updates([owner(1, "u1", device("a1"))]).steps[0]
-    sink.compile(step)
-    table = replace(sink._tables["events"], engine="ReplicatedMergeTree")
+    plan = plan_updates([owner(1, "u1", device("a1"))])
+    sink.compile(plan.steps[0])
+    sink._tables["events"] = replace(sink._tables["events"], engine="ReplicatedMergeTree")
 
-    with sink._server.use():
-        refused = sink._check_against(table, step)
+    [(_, refused)] = sink.rehearse(plan).rejected
 
-    assert "override is not possible, because each replica" in str(refused["events-1"])
+    assert "override is not possible, because each replica" in str(refused)
 
 
 def test_a_view_has_the_columns_that_the_table_has_now(opened: Opened) -> None:  # noqa: F811
