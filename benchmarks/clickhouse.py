@@ -21,6 +21,8 @@ cache or not, and how much its memory grew:
     the sink adds to it is its own
 ``chosen``
     the sink, the strategy that it chooses; ``update`` and ``alter`` are the same, forced
+``replace-partition``
+    the same, forced: the recent visitors' partition is written anew, whole, and swapped in
 ``override``
     the sink, forced to publish the values beside the table; its queries ask the view, and are asked
     again after all was squashed
@@ -209,13 +211,14 @@ class Run:
 
     def sink(self, strategy: str, patches: str) -> Any:
         return open_sink(
-            f"chdb://{self.path}?strategy={strategy}&patches={patches}", chdb_options=OPTIONS
+            f"chdb://{self.path}?strategy={strategy}&patches={patches}&quiet=0",
+            chdb_options=OPTIONS,
         )
 
     # The lines
 
     def run(self, name: str) -> dict[str, Any]:
-        if name in ("chosen", "update", "alter"):
+        if name in ("chosen", "update", "alter", "replace-partition"):
             return self.run_sink("auto" if name == "chosen" else name)
         if name == "override":
             return self.run_override()
@@ -395,7 +398,7 @@ class Run:
 SAMPLE = 3
 LINES = (
     "scan and write", "columns", "bare update", "chosen", "override", "unpruned", "update", "alter",
-    "one by one", "literals", "squash", "whole rows",
+    "replace-partition", "one by one", "literals", "squash", "whole rows",
 )  # fmt: skip
 
 
@@ -469,7 +472,7 @@ def main() -> int:
                 name: measure(base, name, options.rows, visitors, recent)
                 for name in options.lines.split(",")
                 if not (name == "literals" and visitors > 10_000)
-                and not (name == "unpruned" and not recent)
+                and not (name in ("unpruned", "replace-partition") and not recent)
             }
             results.append({"visitors": visitors, "recent": recent, "lines": lines})
             if not options.json:

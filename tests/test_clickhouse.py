@@ -1424,6 +1424,7 @@ def test_a_plan_says_what_each_strategy_costs_and_why_one_was_chosen(opened: Ope
         ("clickhouse://host/db?ledger_days=0", {}, "ledger_days"),
         ("clickhouse://host/db", {"patches": "now"}, "patches is 'now'"),
         ("clickhouse://host/db", {"timeout": -1}, "timeout"),
+        ("clickhouse://host/db?quiet=-1", {}, "quiet is -1.0 seconds"),
         ("clickhouse://host/db", {"ledger_days": 0}, "ledger_days"),
     ],
 )
@@ -1462,10 +1463,11 @@ def _cases(draw: st.DrawFn) -> _Case:
     key = draw(st.sampled_from(["message_id", "toDate(timestamp), message_id"]))
     if movable and draw(st.booleans()):
         key = f"{'user_id' if versioned else 'stitched_user_id'}, {key}"
-        strategies = ["auto", "delete-and-insert"]
+        strategies = ["auto", "delete-and-insert", "replace-partition"]
     else:
         strategies = ["auto", "alter", *(["update"] if numbered else [])]
         strategies += ["delete-and-insert"] if movable else []
+        strategies += [] if engine.startswith("Collapsing") else ["replace-partition"]
         if engine.startswith("Replacing"):
             strategies.append("insert")
     return _Case(
@@ -1523,7 +1525,8 @@ def _check_case(opened: Opened, case: _Case) -> None:
     random.shuffle(rows)
     window = _any_window(random, case.versioned)
     opened.rows(*rows[:20])
-    sink = opened.sink(strategy=case.strategy, patches=random.choice(["auto", "always", "never"]))
+    patches = random.choice(["auto", "always", "never"])
+    sink = opened.sink(strategy=case.strategy, patches=patches, quiet=0)
     again = [*random.sample(window, len(window)), *random.sample(window, 2)]
     arrives = random.randrange(len(again))
     while again:

@@ -32,12 +32,15 @@ STATEMENTS = {
     "delete-and-insert": ["CREATE TABLE", "INSERT INTO `test`.`recognition", "RENAME TABLE",
                           "INSERT INTO `test`.`events`", "DELETE FROM", "ALTER TABLE",
                           "DROP TABLE"],
+    "replace-partition": ["CREATE TABLE", "INSERT INTO `test`.`recognition", "ALTER TABLE",
+                          "RENAME TABLE", "DROP TABLE"],
 }  # fmt: skip
 
 #: Between the new rows and the old ones, and after a statement that nobody was told of.
 FEW = {
     ("update", "UPDATE ", "after"),
     ("delete-and-insert", "INSERT INTO `test`.`events`", "after"),
+    ("replace-partition", "ALTER TABLE", "after"),
 }
 
 ROWS = [(f"m{n % 8}", f"a{n % 3}", at(n % 8)) for n in range(20)]
@@ -53,7 +56,8 @@ def main() -> None:
     if dies:
         client.command("CREATE DATABASE test")
         engine = "ReplacingMergeTree(ver)" if versioned else "MergeTree"
-        key = "user_id, message_id" if strategy == "delete-and-insert" else "message_id"
+        moves = strategy in ("delete-and-insert", "replace-partition")
+        key = "user_id, message_id" if moves else "message_id"
         client.command(
             "CREATE TABLE test.events (message_id String, anonymous_id String, user_id String,"
             " timestamp DateTime64(6, 'UTC'), recognition_version Nullable(Int64), ver UInt8)"
@@ -64,8 +68,9 @@ def main() -> None:
         client.insert("events", ROWS, database="test", column_names=names)
     # Nothing else keeps an engine open whose directory the sink has.
     sink: Any = open_sink(
-        f"chdb://{directory}?database=test", strategy=strategy, patches="always", timeout=20
-    )
+        f"chdb://{directory}?database=test", strategy=strategy, patches="always", timeout=20,
+        quiet=0,
+    )  # fmt: skip
     if dies:
         statement, when = dies
 

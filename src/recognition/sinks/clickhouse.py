@@ -79,6 +79,7 @@ from recognition.sinks.clickhouse_cost import (
     ONLY_FORCED,
     OVERRIDE,
     STRATEGIES,
+    SWAP,
     UPDATE,
     VISITOR_ROWS,
     Choice,
@@ -119,6 +120,19 @@ from recognition.sinks.clickhouse_statements import (
     stage_of,
     stage_values,
     time_range,
+)
+from recognition.sinks.clickhouse_swap import (
+    DROP_LIMIT,
+    KEEPS_MATERIALIZED,
+    SWAPPED,
+    Look,
+    Outcome,
+    Part,
+    Swap,
+    inserting,
+    looks,
+    outcome_of,
+    unswappable,
 )
 from recognition.sinks.rows import (
     Column,
@@ -218,12 +232,23 @@ _SAID: Mapping[int, tuple[type[SinkError], str]] = {
     999: (SinkUnavailableError, "the keeper does not answer"),
 }
 _EXISTS, _NO_TABLE = 57, 60
+_PATCHED, _LARGER = 344, 359
 _CROWDED = {252, 692}
 
 #: So many lines are squashed, however young: each is in memory, for as long as it stands.
 _MOST_LINES = 1_000_000
 
 _AS_IT_IS = sql("")
+
+_NEEDS_QUIET = (
+    f"Where nothing else writes to the partitions, strategy={SWAP} writes them anew, whole; rows"
+    " that come in during the swap would be lost"
+)
+
+_MAY_BE_LOST = (
+    "it was swapped or will be, and rows that others inserted into it in these moments may be"
+    " lost; have such rows delivered again"
+)
 
 #: A table that was made for a window: what it is, and the window's id.
 _MADE = re.compile(r"(recognition_stage_|recognition_broken_)([0-9a-f]{8}_[0-9a-f]{8})")
@@ -292,9 +317,12 @@ class ClickhouseSink:
             on the server; the next call waits for it.
         ledger_days: After how many days the ledger may forget what was applied.
         strategy: ``auto``, or one of ``update``, ``alter``, ``insert``, ``delete-and-insert`` and
-            ``override`` for all tables that can have it; the updates of the others are refused,
-            with the reason. With ``override`` nothing is written to a table but what cannot be
-            published beside it; readers query the view ``<table>_recognized``.
+            ``replace-partition`` or ``override`` for all tables that can have it; the updates of
+            the others are refused, with the reason. ``auto`` never takes the last two. With
+            ``override`` nothing is written to a table but what cannot be published beside it;
+            readers query the view ``<table>_recognized``.
+        quiet: How long nothing may have written to a partition that ``replace-partition`` swaps,
+            in seconds. With 0 whoever sets it answers for that nothing does.
         patches: ``auto`` applies the patches of a lightweight update where reading them would cost
             more, ``always`` at once, ``never`` leaves them to merges.
         squash_after: With ``override``: how old what is published may become until a window writes
@@ -314,6 +342,7 @@ class ClickhouseSink:
         ledger_days: int = 90,
         strategy: str = "auto",
         patches: str = "auto",
+        quiet: float = _COLD,
         squash_after: float = 86_400.0,
         override_counts: bool = False,
         **options: object,
@@ -324,10 +353,13 @@ class ClickhouseSink:
         ledger_days = int(_number(given, "ledger_days", ledger_days))
         strategy = given.pop("strategy", strategy)
         patches = given.pop("patches", patches)
+        quiet = _number(given, "quiet", quiet)
         squash_after = _number(given, "squash_after", squash_after)
         counts = str(given.pop("override_counts", override_counts)).lower()
         if timeout < 0:
             raise ConfigurationError(f"timeout is {timeout} seconds; it is at least 0")
+        if quiet < 0:
+            raise ConfigurationError(f"quiet is {quiet} seconds; it is at least 0")
         if ledger_days < 1:
             raise ConfigurationError(f"ledger_days is {ledger_days}; it is at least 1")
         if strategy not in ("auto", *STRATEGIES):
@@ -347,6 +379,7 @@ class ClickhouseSink:
         self._squash_after = squash_after
         self._override_counts = counts == "true"
         self._patches = patches
+        self._quiet = quiet
         embedded = given.get("interface") == "chdb"
         self._server = _Server({**given, **options}, embedded, statement_timeout)
         self._tables: dict[str, Table] = {}
@@ -398,7 +431,11 @@ class ClickhouseSink:
                     if estimate.unavailable
                     else f"-- {estimate.strategy}: about {estimate.cpu_seconds:.1f} CPU seconds,"
                     f" {estimate.bytes_written / 1e6:.1f} MB written"
-                    f"{'; only where it is forced' * (estimate.strategy in ONLY_FORCED)}"
+                    + (
+                        f"; {ONLY_FORCED[name]}"
+                        if (name := estimate.strategy) in ONLY_FORCED
+                        else ""
+                    )
                 )
             rows = sum(partition.rows for partition in partitions)
             matched = sum(partition.matched for partition in partitions)
@@ -655,6 +692,8 @@ class ClickhouseSink:
                 self._write(statements.insert_whole(aside), _WHOLE)
         if choice.partitions(MOVE):
             changed += self._move(window, statements)
+        if swapped := choice.partitions(SWAP):
+            changed += self._swap(window, statements, swapped)
         for partition in choice.apply:
             self._mutate(window, table, statements.apply_patches(partition))
         return changed
@@ -665,6 +704,157 @@ class ClickhouseSink:
             return None
         granules = sum(partition.rows for partition in partitions) / GRANULE
         return Keys(name, prunes=len(step.rows) <= max(granules, 100))
+
+    # Partitions that are written anew -----------------------------------------------------------
+
+    def _swap(self, window: _Window, statements: Statements, partitions: Sequence[str]) -> int:
+        """
+        Write those of the partitions anew in which rows change, and swap them in; how many rows.
+
+        Raises:
+            SinkUnavailableError: Somebody writes to one of them, or did not long ago.
+            SinkError: Rows came in during a swap and are lost; the text says how many, and where.
+        """
+        table = statements.table
+        self._open_ledger(table)
+        self._wait_until_idle(table)
+        before = self._looks(table, partitions)
+        counts = self._server.pairs(statements.count_changes(partitions))
+        for partition in counts:
+            if partition in before and before[partition].age < self._quiet:
+                raise SinkUnavailableError(
+                    f"table {table.parts[1]!r}: partition {partition} was written to"
+                    f" {before[partition].age} seconds ago, and {SWAP} takes one to which nothing"
+                    f" was written for {self._quiet:.0f} (option quiet); nothing of this step was"
+                    " written"
+                )
+        changed = 0
+        for partition, count in counts.items():
+            swap = Swap(statements, partition, window.name(table, "partition"))
+            try:
+                changed += self._swap_one(
+                    window, swap, statements, before.get(partition), int(count)
+                )
+            except SinkError as error:
+                self._server.finished(error)  # others may be swapped by now
+                raise
+        return changed
+
+    def _swap_one(
+        self,
+        window: _Window,
+        swap: Swap,
+        statements: Statements,
+        before: Look | None,
+        changed: int,
+    ) -> int:
+        """Swap one partition; how many of its rows change."""
+        table, partition = swap.table, swap.partition
+        where = f"table {table.parts[1]!r}, partition {partition}"
+        limits = DROP_LIMIT in self._server.settings
+        deadline = time.monotonic() + self._timeout
+        found = before
+        while True:
+            if found is None or (before and self._quiet and found.block > before.block):
+                raise SinkUnavailableError(
+                    f"{where}: somebody wrote to it while it was copied; nothing of it was written"
+                )
+            self._server.run(swap.create())
+            self._server.run(swap.copy(), swap.copy_settings(self._server.settings))
+            [[rows, strange, digests, read, stored]] = self._server.rows(swap.copied())
+            self._wait_until_idle(table)
+            last = self._looks(table, [partition]).get(partition)
+            if last is not None and last.same(found):
+                if (rows, stored, strange) != (read, last.rows, 0):
+                    raise TableError(
+                        f"{where}: {last.rows} rows are stored in it, this user reads {stored} of"
+                        f" them, and of {read} that are not deleted {rows} were copied; nothing of"
+                        " it was written. A row policy or a setting of this user may hide rows"
+                    )
+                try:
+                    # With the size that it has: what makes it larger makes the swap fail.
+                    self._write(swap.replace(), {DROP_LIMIT: last.size} if limits else None)
+                    break
+                except OutcomeUnknownError as error:
+                    raise OutcomeUnknownError(f"{error}. {where}: {_MAY_BE_LOST}") from error
+                except SinkError as error:
+                    code = getattr(error.__cause__, "code", None)
+                    if code == _PATCHED:
+                        self._mutate(window, table, statements.apply_patches(partition))
+                    elif code != _LARGER:
+                        raise
+            self._server.run(swap.drop())
+            if time.monotonic() > deadline:
+                raise SinkUnavailableError(
+                    f"{where}: it changed each time while it was copied; nothing of it was written"
+                )
+            found = self._looks(table, [partition]).get(partition)
+            changed = int(
+                self._server.pairs(statements.count_changes([partition])).get(partition, 0)
+            )
+        try:
+            seen = self._server.rows(swap.parts(last))
+        except SinkError as error:
+            raise OutcomeUnknownError(f"{error}. {where}: {_MAY_BE_LOST}") from error
+        outcome = outcome_of(partition, last, digests, map(Part._make, seen))
+        if outcome.lost or outcome.unseen:
+            sure = "is" if outcome.lost and not outcome.unseen else "may be"
+            raise SinkError(
+                f"{where}: while it was swapped, others inserted into it, and what they inserted"
+                f" {sure} lost ({outcome.lost or 'some'} rows). Have what came into this partition"
+                f" in the last minutes delivered again, and apply the same again. {_NEEDS_QUIET}",
+                written=True,
+            )
+        self._note_swap(table, partition, outcome)
+        self._server.run(swap.drop())
+        return changed
+
+    def _note_swap(self, table: Table, partition: str, outcome: Outcome) -> None:
+        """Which parts a swap has brought, so that the next one does not take them for a write."""
+        line = {name: ("" if kind == "String" else 0) for name, kind in _LEDGER_COLUMNS}
+        line |= {"table_name": table.parts[1], "key_value": partition, "update_id": SWAPPED}
+        line |= {"starts": outcome.first, "ends": outcome.last, "applied_at": int(time.time())}
+        self._server.insert(
+            table.database, Name(LEDGER), _LEDGER_COLUMNS, [[value] for value in line.values()]
+        )
+
+    def _looks(self, table: Table, partitions: Sequence[str]) -> dict[str, Look]:
+        """The partitions at this moment, by id."""
+        own = self._server.rows(
+            sql(
+                "SELECT key_value, starts, ends FROM % WHERE table_name = % AND key_column = ''"
+                " AND update_id = % AND has(%, key_value)",
+                table.beside(LEDGER),
+                Parameter("String", table.parts[1]),
+                Parameter("String", SWAPPED),
+                Parameter("Array(String)", list(partitions)),
+            )
+        )
+        swapped = [(str(of), int(first), int(last)) for of, first, last in own]
+        found = self._server.rows(looks(table, partitions, swapped))
+        return {str(id): Look._make(map(int, line)) for id, *line in found}
+
+    def _wait_until_idle(self, table: Table) -> None:
+        """
+        Until nothing inserts into the table, as far as can be seen.
+
+        Raises:
+            SinkUnavailableError: Something still does, after the timeout.
+        """
+        deadline = time.monotonic() + self._timeout
+        delay = 0.02
+        while True:
+            [[running, waiting]] = self._server.rows(inserting(table))
+            if not running and not waiting:
+                return
+            if time.monotonic() + delay > deadline:
+                raise SinkUnavailableError(
+                    f"table {table.parts[1]!r} is being inserted into: {running} statements run and"
+                    f" {waiting} asynchronous inserts wait. {_NEEDS_QUIET}; nothing of this"
+                    " partition was written"
+                )
+            time.sleep(delay)
+            delay = min(2 * delay, 0.5)
 
     # What is published beside a table -----------------------------------------------------------
 
@@ -888,6 +1078,9 @@ class ClickhouseSink:
             lock = _lock_name(statements.table)
             sent += [statements.select_moved(aside), moved.insert(lock, Name("w_1"))]
             sent.append(moved.delete())
+        for partition in choice.partitions(SWAP):
+            swap = Swap(statements, partition, Name(f"{STAGE}1_partition"))
+            sent += [swap.create(), swap.copy(), swap.replace()]
         return sent + [statements.apply_patches(partition) for partition in choice.apply]
 
     def _count(self, table: Table, name: Name) -> int:
@@ -1476,7 +1669,7 @@ class ClickhouseSink:
         ambiguous: dict[str, str] = {}
         types: dict[str, str] = {}
         declared_types: dict[str, str] = {}
-        keys, partitioned_by, writable, sizes, expressions = set(), set(), [], {}, {}
+        keys, partitioned_by, writable, sizes, materialized = set(), set(), [], {}, {}
         for (
             column_name,
             declared,
@@ -1509,10 +1702,10 @@ class ClickhouseSink:
             if not column.generated:
                 writable.append(column_name)
             if computed:
-                expressions[column_name] = computed
-        for _ in expressions:  # one may be computed from another
-            for name_in_key in keys & expressions.keys():
-                said = expressions[name_in_key]
+                materialized[column_name] = computed
+        for _ in materialized:  # one may be computed from another
+            for name_in_key in keys & materialized.keys():
+                said = materialized[name_in_key]
                 keys |= {each for each in types if re.search(rf"\b{re.escape(each)}\b", said)}
         projections = self._server.pairs(
             sql(
@@ -1540,6 +1733,7 @@ class ClickhouseSink:
             partitioned_by=frozenset(partitioned_by),
             sorting=sorting,
             writable=tuple(writable),
+            materialized=materialized,
             column_bytes=sizes,
             views=tuple(views),
             projections=projections,
@@ -1676,6 +1870,8 @@ class ClickhouseSink:
             )
         if in_place:
             unavailable.setdefault(UPDATE, in_place)
+        if unswapped := unswappable(table, names, self._server.settings):
+            unavailable[SWAP] = unswapped
         # The old rows are deleted in place, so that it needs what an update does.
         if immovable := in_place or _immovable(table):
             unavailable[MOVE] = immovable
@@ -1715,13 +1911,16 @@ class ClickhouseSink:
             TableError: The table cannot have it, or none at all; the text says which it can have.
         """
         possible = [n for n in STRATEGIES if n not in (*work.unavailable, *ONLY_FORCED)]
+        swappable = SWAP not in work.unavailable
         if forced is not None and forced in work.unavailable:
-            others = f"possible: {', '.join(possible)}" if possible else "and no other is possible"
+            named = possible or [SWAP] * swappable
+            others = f"possible: {', '.join(named)}" if named else "and no other is possible"
             raise TableError(
                 f"table {table.parts[1]!r}: strategy {forced} is not possible, because"
                 f" {work.unavailable[forced]} ({others})"
+                + (f". {_NEEDS_QUIET}" if swappable and not possible else "")
             )
-        if not possible:
+        if forced is None and not possible:
             by_reason: defaultdict[str, list[str]] = defaultdict(list)
             for name, why in work.unavailable.items():
                 by_reason[why].append(name)
@@ -1731,6 +1930,7 @@ class ClickhouseSink:
                 " possible, or set a column that is in no key: with --target-column, or by a table"
                 " whose ORDER BY and PARTITION BY do not name it"
                 f"{f'; or publish it, by strategy={OVERRIDE}' * (OVERRIDE not in work.unavailable)}"
+                + (f". {_NEEDS_QUIET}" if swappable else "")
             )
         return forced
 
@@ -1898,8 +2098,10 @@ class _Server:
                 "SELECT groupArray((name, value)) FROM system.settings WHERE has(%, name) OR name"
                 " IN ('enable_lightweight_update', 'allow_experimental_lightweight_update',"
                 " 'move_primary_key_columns_to_end_of_prewhere',"
-                " 'allow_reorder_prewhere_conditions')",
+                " 'allow_reorder_prewhere_conditions', %, %)",
                 Parameter("Array(String)", [*_MEANT]),
+                Parameter("String", KEEPS_MATERIALIZED),
+                Parameter("String", DROP_LIMIT),
             )
         )
         self.settings = dict(found[0][0]) if found else {"limit": "1", "offset": "1"}
@@ -2002,7 +2204,7 @@ class _Server:
                     "the connection was lost while a statement ran; its rows were written, will"
                     " be, or not; applying the same again is safe"
                 )
-            return self._finished(
+            return self.finished(
                 SinkUnavailableError(
                     "the embedded engine could not be opened; one process can have a directory,"
                     " and a process one directory"
@@ -2016,22 +2218,22 @@ class _Server:
         if writes and code not in _BEFORE_WRITING:
             found.written = None
             return found
-        return self._finished(found)
+        return self.finished(found)
 
     def _answered(self, status: int, writes: bool) -> SinkError:
         """An HTTP error without a code of ClickHouse: it comes from what stands before it."""
         said = _ANSWERED.get(status, "it is no answer of a ClickHouse server; look at the URL")
         text = f"a proxy, or what else is at the server's address, answered HTTP {status}: {said}"
         if status < 500 and status not in (408, 429):
-            return self._finished(SinkError(text))
+            return self.finished(SinkError(text))
         if writes and status != 429:
             return OutcomeUnknownError(
                 f"{text}; the statement's rows were written, will be, or not; applying the same"
                 " again is safe"
             )
-        return self._finished(SinkUnavailableError(text))
+        return self.finished(SinkUnavailableError(text))
 
-    def _finished(self, error: SinkError) -> SinkError:
+    def finished(self, error: SinkError) -> SinkError:
         error.written = True if self._wrote else error.written
         return error
 
@@ -2058,7 +2260,8 @@ _ANSWERED: Mapping[int, str] = {
 
 # What the server finds before a statement writes anything.
 _BEFORE_WRITING = {
-    *(16, 36, 43, 47, 48, 53, 57, 60, 62, 81, 115, 164, 242, 252, 344, 392, 420, 452, 497, 692),
+    *(16, 36, 43, 47, 48, 53, 57, 60, 62, 81, 115, 164, 242, 252, 344, 359, 392, 420, 452),
+    *(497, 692),
 }
 
 

@@ -24,14 +24,18 @@ ALTER = "alter"
 INSERT = "insert"
 #: The whole rows again, under the key that they will have, and then the old ones are deleted.
 MOVE = "delete-and-insert"
-
+#: The whole partition again, beside the table, and then swapped in by ``REPLACE PARTITION``.
+SWAP = "replace-partition"
 #: Nothing is written: the values are published beside the table, for a view that readers query.
 OVERRIDE = "override"
 
-STRATEGIES = (UPDATE, ALTER, INSERT, MOVE, OVERRIDE)
+STRATEGIES = (UPDATE, ALTER, INSERT, MOVE, SWAP, OVERRIDE)
 
-#: Those that are taken only where they are forced, because they ask something of others.
-ONLY_FORCED = (OVERRIDE,)
+#: Strategies that are right only where somebody knows what the tables do not say, and says so.
+ONLY_FORCED = {
+    SWAP: "only where it is forced: rows that come in during the swap would be lost",
+    OVERRIDE: "only where it is forced: what is set is seen in a view alone",
+}
 
 #: How many rows a visitor has, where nobody says: about 20 in the event files that we measured.
 VISITOR_ROWS = 20
@@ -54,6 +58,8 @@ _WHOLE_READ, _FINAL, _WHOLE_CHANGED = 0.6, 0.2, 10.8
 _MOVE_SCAN, _MOVE_CHANGED = 0.12, 35.0
 # To publish lines, per million, and the bytes of one; a million that stand already add 2.
 _PUBLISH, _PUBLISH_LINE, _LINE_BYTES = 0.07, 12.0, 290
+# All columns of all rows are read, sorted by the key and written, whatever changes.
+_SWAP_ROW = 3.6
 # Patches of the format v2 hold the sorting key, per megabyte that its columns have compressed.
 _V2_MEGABYTE = 0.007
 
@@ -150,6 +156,8 @@ def choose(work: Work, partitions: Sequence[Partition], forced: str | None = Non
     """
     The cheapest strategy that the table can have, partition by partition.
 
+    Those of `ONLY_FORCED` are estimated, and never taken by themselves.
+
     Only between `UPDATE` and `ALTER` can partitions differ: the others are taken for a whole table.
 
     Args:
@@ -236,6 +244,8 @@ def _cost(work: Work, partition: Partition, strategy: str) -> tuple[float, float
     if strategy == ALTER:
         cpu = (_ALTER_SCAN + _ALTER_COLUMN * columns) * rows + _ALTER_CHANGED * columns * changed
         return cpu, column_bytes + patch_bytes
+    if strategy == SWAP:
+        return (_ALTER_SCAN + _SWAP_ROW) * rows if matched else 0.0, float(partition.bytes)
     granules = max(partition.rows / GRANULE, 1.0)
     touched = 1 - math.exp(-matched / _VISIT / granules)
     again, each = (_FINAL, _WHOLE_CHANGED) if strategy == INSERT else (_MOVE_SCAN, _MOVE_CHANGED)

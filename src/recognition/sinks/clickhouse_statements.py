@@ -148,6 +148,7 @@ class Table(Target):
         partitioned_by: The columns of the partition key.
         sorting: The sorting key, as it was declared.
         writable: The columns that an INSERT may name, in their order.
+        materialized: How each MATERIALIZED column is computed.
         column_bytes: Compressed, by column.
         views: The materialized views that read the table's inserts.
         projections: Which columns each projection reads, by its name.
@@ -163,6 +164,7 @@ class Table(Target):
     partitioned_by: frozenset[str] = frozenset()
     sorting: str = ""
     writable: tuple[str, ...] = ()
+    materialized: Mapping[str, str] = field(default_factory=dict)
     column_bytes: Mapping[str, int] = field(default_factory=dict)
     views: tuple[str, ...] = ()
     projections: Mapping[str, str] = field(default_factory=dict)
