@@ -382,6 +382,22 @@ def test_rows_are_moved_to_the_key_that_they_get(opened: Opened) -> None:
     assert opened.made() == []
 
 
+def test_rows_that_a_constraint_forbids_hold_up_no_others(opened: Opened) -> None:
+    """They stay as they were, the update is refused, and the next window applies."""
+    forbids = "CONSTRAINT known CHECK user_id IS NULL OR user_id != 'u1'"
+    opened.table(f"{EVENTS}, {forbids}", BY_OWNER, KEYED)
+    opened.rows(*(row(f"m{n}", f"a{n % 3}", n) for n in range(9)))
+    sink = opened.sink()
+
+    with pytest.raises(TableError, match=r"a CONSTRAINT of the table.*none of them was changed"):
+        sink.apply(plan_updates([owner(1, "u1", device("a1"))]))
+    left = opened.made()
+    applied = sink.apply(plan_updates([owner(2, "u2", device("a2"))]))
+
+    assert (left, applied.rows_changed) == ([], 3)
+    assert opened.column("user_id") == {f"m{n}": "u2" if n % 3 == 2 else None for n in range(9)}
+
+
 class _Interrupted(Exception):
     """The process is gone, as far as the test goes."""
 

@@ -232,7 +232,7 @@ _SAID: Mapping[int, tuple[type[SinkError], str]] = {
     999: (SinkUnavailableError, "the keeper does not answer"),
 }
 _EXISTS, _NO_TABLE = 57, 60
-_PATCHED, _LARGER = 344, 359
+_PATCHED, _LARGER, _FORBIDDEN = 344, 359, 469
 _CROWDED = {252, 692}
 
 #: So many lines are squashed, however young: each is in memory, for as long as it stands.
@@ -981,7 +981,12 @@ class ClickhouseSink:
         return int(count)
 
     def _complete_move(self, window: _Window, table: Table, name: Name) -> None:
-        """Insert what is not there yet, delete what is old, and forget both."""
+        """
+        Insert what is not there yet, delete what is old, and forget both.
+
+        Raises:
+            TableError: A CONSTRAINT forbids the rows. If none was inserted, they are forgotten.
+        """
         there = {
             str(column)
             for (column,) in self._server.rows(
@@ -995,17 +1000,28 @@ class ClickhouseSink:
         partitions = [str(p) for (p,) in self._server.rows(partitions_aside(table, name))]
         columns = [column for column in table.writable if column in there]
         moved = Moved(table, name, columns, partitions)
-        self._write(
-            moved.insert(_lock_name(table), Name(f"w_{window.id}")),
-            {
-                # Where a client or a proxy sends it again while it runs, the server refuses it
-                # (error 216); once it is done, it finds nothing missing.
-                "query_id": f"{name}_{secrets.token_hex(4)}",
-                **_WHOLE,
-                # Rows of one key stand in the order in which they came.
-                "max_insert_threads": 1,
-            },
-        )
+        try:
+            self._write(
+                moved.insert(_lock_name(table), Name(f"w_{window.id}")),
+                {
+                    # Where a client or a proxy sends it again while it runs, the server refuses it
+                    # (error 216); once it is done, it finds nothing missing.
+                    "query_id": f"{name}_{secrets.token_hex(4)}",
+                    **_WHOLE,
+                    # Rows of one key stand in the order in which they came.
+                    "max_insert_threads": 1,
+                },
+            )
+        except SinkError as error:
+            if getattr(error.__cause__, "code", None) != _FORBIDDEN:
+                raise
+            [[inserted]] = self._server.rows(moved.count_inserted())
+            if not inserted:
+                self._server.run(sql("DROP TABLE IF EXISTS % SYNC", table.beside(name)))
+            said = "some of them are inserted" if inserted else "none of them was changed"
+            raise TableError(
+                f"table {table.parts[1]!r}, rows under another key: {error}; {said}"
+            ) from error
         self._mutate(
             window, table, moved.delete(), {"lightweight_delete_mode": "lightweight_update_force"}
         )
@@ -1056,7 +1072,13 @@ class ClickhouseSink:
             window.overridden.add(table.parts)
         for name in sorted(str(name) for name in names if name.startswith(MOVED)):
             _log.info("window %s completes what %s has left", window.id, name)
-            self._complete_move(window, table, Name(name))
+            try:
+                self._complete_move(window, table, Name(name))
+            except TableError as error:
+                # Whose rows these were applies them again. What is half done has to be completed.
+                if self._server.rows(sql("EXISTS TABLE %", table.beside(Name(name))))[0][0]:
+                    raise
+                _log.warning("what %s has left was not completed: %s", name, error)
 
     def _statements(
         self, statements: Statements, choice: Choice, every: bool, keys: Keys | None

@@ -941,7 +941,7 @@ class Moved:
 
         It fails where the lock is another's, because that has no column of the name of ours.
         """
-        row = sql("sipHash128(formatRow('RowBinary', %))", self._columns)
+        row = self._row()
         return sql(
             "INSERT INTO % (%) SELECT % FROM (SELECT *, row_number() OVER (PARTITION BY"
             " recognition_row ORDER BY %) AS recognition_nth FROM (SELECT *, % AS recognition_row"
@@ -954,6 +954,18 @@ class Moved:
             *(self._table.named(), self._columns, self._columns, self._old, row, self._aside),
             *(self._old, _NUMBERS, self._table.named(), self._partitions),
             *(row, self._table.named(), self._aside, held, self._table.beside(lock), self._old),
+        )
+
+    def _row(self) -> Fragment:
+        """By what a row is the same as another one in all columns."""
+        return sql("sipHash128(formatRow('RowBinary', %))", self._columns)
+
+    def count_inserted(self) -> Fragment:
+        """How many of the rows that came since are such as were put aside."""
+        return sql(
+            "SELECT count() FROM % PREWHERE _block_number >= (SELECT any(recognition_floor) FROM %)"
+            "[_partition_id] WHERE % IN (SELECT % FROM %)",
+            *(self._table.named(), self._aside, self._row(), self._row(), self._aside),
         )
 
     def _is_old(self) -> Fragment:
