@@ -1,5 +1,7 @@
 """What is published beside a table of ClickHouse: the kit through its view, and its own."""
 
+# ruff: noqa: F811 - fixtures of another file are imported, and named as arguments
+
 from __future__ import annotations
 
 import json
@@ -58,7 +60,7 @@ class OverrideTests(ClickhouseTests):
     options: ClassVar[dict[str, Any]] = {"override_counts": True}
 
     @pytest.fixture
-    def read_rows(self, client: Any) -> ReadRows:  # noqa: F811 - the fixture
+    def read_rows(self, client: Any) -> ReadRows:
         def read(table: str) -> list[dict[str, object]]:
             found = client.query(
                 "SELECT name FROM system.tables WHERE database = 'test' AND name = {name:String}",
@@ -108,7 +110,7 @@ class TestOverrideKeys(OverrideTests):
 # What readers see ---------------------------------------------------------------------------------
 
 
-def seen(opened: Opened, name: str = "user_id", **settings: Any) -> dict[str, object]:  # noqa: F811
+def seen(opened: Opened, name: str = "user_id", **settings: Any) -> dict[str, object]:
     """What a column of the view says, by message."""
     found = opened.client.query(
         f"SELECT message_id, {name} FROM events_recognized", settings=settings
@@ -116,7 +118,7 @@ def seen(opened: Opened, name: str = "user_id", **settings: Any) -> dict[str, ob
     return dict(found.result_rows)
 
 
-def lines(opened: Opened) -> int:  # noqa: F811
+def lines(opened: Opened) -> int:
     """How many lines are published."""
     found = opened.client.query(
         "SELECT sum(total_rows) FROM system.tables WHERE database = 'test'"
@@ -125,12 +127,12 @@ def lines(opened: Opened) -> int:  # noqa: F811
     return int(found.result_rows[0][0])
 
 
-def left(opened: Opened) -> list[str]:  # noqa: F811
+def left(opened: Opened) -> list[str]:
     """What windows have left, but for what stands."""
     return [name for name in opened.made() if not name.startswith("recognition_override_")]
 
 
-def test_nothing_is_written_and_the_view_says_it(opened: Opened) -> None:  # noqa: F811
+def test_nothing_is_written_and_the_view_says_it(opened: Opened) -> None:
     """Not one part is made; the view has the table's columns, and knows rows that come later."""
     opened.table(f"{EVENTS}, n UInt8 DEFAULT 7, upper String MATERIALIZED upper(message_id)")
     opened.rows(row("m1", "a1", 1), row("m2", "a2", 1))
@@ -153,7 +155,7 @@ def test_nothing_is_written_and_the_view_says_it(opened: Opened) -> None:  # noq
     assert left(opened) == []
 
 
-def test_an_update_that_stands_misses_nothing(opened: Opened) -> None:  # noqa: F811
+def test_an_update_that_stands_misses_nothing(opened: Opened) -> None:
     """No row is counted, so delivery takes what an update expects as met; it asks again of none."""
     opened.table()
     plan = plan_updates([owner(1, "u1", device("a1"), expected_rows=3)])
@@ -169,7 +171,7 @@ def test_an_update_that_stands_misses_nothing(opened: Opened) -> None:  # noqa: 
     assert _find_unmatched(leased, plan, applied) == {"events-1": 0}  # type: ignore[arg-type]
 
 
-def test_conditions_prune_through_the_view(opened: Opened) -> None:  # noqa: F811
+def test_conditions_prune_through_the_view(opened: Opened) -> None:
     """Times and keys that are not set skip partitions and granules, as they do in the table."""
     opened.table(
         rest="PARTITION BY toYYYYMMDD(timestamp) ORDER BY (anonymous_id, message_id)",
@@ -198,7 +200,7 @@ def test_conditions_prune_through_the_view(opened: Opened) -> None:  # noqa: F81
 
 @pytest.mark.parametrize("versioned", [True, pytest.param(False, marks=every)])
 def test_of_several_shapes_the_greatest_sequence_stands(
-    opened: Opened,  # noqa: F811
+    opened: Opened,
     versioned: bool,
 ) -> None:
     """Column by column, whatever order they came in; squashed it is the same."""
@@ -238,7 +240,7 @@ def test_of_several_shapes_the_greatest_sequence_stands(
     assert lines(opened) == 0
 
 
-def test_one_update_may_stand_whole_and_in_pieces(opened: Opened) -> None:  # noqa: F811
+def test_one_update_may_stand_whole_and_in_pieces(opened: Opened) -> None:
     """A row that both meet, of different shapes and the same sequence, has its value."""
     opened.table()
     opened.rows(*(row(f"m{n}", "a1", n) for n in range(3)))
@@ -251,7 +253,7 @@ def test_one_update_may_stand_whole_and_in_pieces(opened: Opened) -> None:  # no
     assert seen(opened) == {"m0": "u1", "m1": "u2", "m2": "u1"}
 
 
-def test_rows_without_a_time_are_met_by_what_has_no_start(opened: Opened) -> None:  # noqa: F811
+def test_rows_without_a_time_are_met_by_what_has_no_start(opened: Opened) -> None:
     """Of an update of a whole device, a later one takes an interval; the rest is left."""
     opened.table(
         "message_id String, anonymous_id String, stitched_user_id String,"
@@ -288,7 +290,7 @@ def test_rows_without_a_time_are_met_by_what_has_no_start(opened: Opened) -> Non
     ],
 )
 def test_columns_of_any_wrapping_are_seen_as_they_are(
-    opened: Opened,  # noqa: F811
+    opened: Opened,
     anonymous: str,
     user: str,
     time: str,
@@ -325,7 +327,7 @@ def test_columns_of_any_wrapping_are_seen_as_they_are(
     assert opened.column("toString(user_id)") == found
 
 
-def test_what_is_published_outlives_the_engine(opened: Opened) -> None:  # noqa: F811
+def test_what_is_published_outlives_the_engine(opened: Opened) -> None:
     """Tables by key are loaded again from the disk, whatever was published one after the other."""
     opened.table()
     opened.rows(*(row(f"m{n}", "a1", n) for n in range(12)))
@@ -343,7 +345,7 @@ def test_what_is_published_outlives_the_engine(opened: Opened) -> None:  # noqa:
     assert seen(opened) == {f"m{n}": f"u{n}" for n in range(12)}
 
 
-def test_a_merged_table_is_seen_merged_by_the_setting(opened: Opened) -> None:  # noqa: F811
+def test_a_merged_table_is_seen_merged_by_the_setting(opened: Opened) -> None:
     """A row that is delivered again is recognised too; `final = 1` reaches through the view."""
     opened.table(f"{EVENTS}, ver UInt64", engine="ReplacingMergeTree(ver)")
     opened.client.command("SYSTEM STOP MERGES events")
@@ -374,7 +376,7 @@ TABLES = {
     "strategy",
     ["update", "delete-and-insert", *(pytest.param(n, marks=every) for n in ("alter", "insert"))],
 )
-def test_squashing_writes_what_the_view_says(opened: Opened, strategy: str) -> None:  # noqa: F811
+def test_squashing_writes_what_the_view_says(opened: Opened, strategy: str) -> None:
     """By whatever is possible in place; then nothing stands, and again there is nothing to do."""
     engine_of, rest, by = TABLES[strategy]
     opened.table(f"{EVENTS}, ver UInt64", rest, by, engine_of)
@@ -399,7 +401,7 @@ def test_squashing_writes_what_the_view_says(opened: Opened, strategy: str) -> N
     assert seen(opened, final=1)["m0"] == "u9"
 
 
-def _grow_older(opened: Opened) -> None:  # noqa: F811
+def _grow_older(opened: Opened) -> None:
     found = opened.client.query(
         "SELECT name FROM system.tables WHERE database = 'test'"
         " AND name LIKE 'recognition_override_%_lines_%'"
@@ -411,7 +413,7 @@ def _grow_older(opened: Opened) -> None:  # noqa: F811
         )
 
 
-def test_a_window_squashes_what_is_old(opened: Opened) -> None:  # noqa: F811
+def test_a_window_squashes_what_is_old(opened: Opened) -> None:
     """When the oldest line is older than the setting all is written in place; 0 is never."""
     opened.table()
     opened.rows(row("m1", "a1", 1), row("m2", "a2", 1))
@@ -430,7 +432,7 @@ def test_a_window_squashes_what_is_old(opened: Opened) -> None:  # noqa: F811
 
 
 def test_what_cannot_be_squashed_stands_on(
-    opened: Opened,  # noqa: F811
+    opened: Opened,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A table in which nothing can be written in place says so once, and goes on publishing."""
@@ -455,7 +457,7 @@ def test_what_cannot_be_squashed_stands_on(
 
 
 @pytest.mark.parametrize("versioned", [pytest.param(True, marks=every), False])
-def test_another_strategy_squashes_first(opened: Opened, versioned: bool) -> None:  # noqa: F811
+def test_another_strategy_squashes_first(opened: Opened, versioned: bool) -> None:
     """A window that writes in place does so after what was published, so that the order stays."""
     opened.table()
     opened.rows(*(row(f"m{n}", "a1", n) for n in range(3)))
@@ -501,7 +503,7 @@ def test_a_shape_stands_beside_those_that_ask_nothing_of_it() -> None:
     )
 
 
-def test_what_cannot_be_published_is_written_after_what_was(opened: Opened) -> None:  # noqa: F811
+def test_what_cannot_be_published_is_written_after_what_was(opened: Opened) -> None:
     """An update that looks for what another wrote finds it; then publishing goes on."""
     opened.table(f"{EVENTS}, email Nullable(String)")
     opened.rows(*(row(f"m{n}", f"a{n}", n) for n in range(3)))
@@ -533,7 +535,7 @@ def test_what_cannot_be_published_is_written_after_what_was(opened: Opened) -> N
     assert set(seen(opened, "email").values()) == {None}
 
 
-def test_as_many_shapes_stand_as_a_query_can_look_for(opened: Opened) -> None:  # noqa: F811
+def test_as_many_shapes_stand_as_a_query_can_look_for(opened: Opened) -> None:
     """One more has those that stand squashed, in one statement, and is published alone."""
     names = [f"c{n}" for n in range(MOST_SHAPES + 1)]
     opened.table(", ".join([EVENTS, *(f"{name} Nullable(String)" for name in names)]))
@@ -555,7 +557,7 @@ def test_as_many_shapes_stand_as_a_query_can_look_for(opened: Opened) -> None:  
     assert opened.column("user_id") == users
 
 
-def test_single_rows_that_later_updates_took_are_spared(opened: Opened) -> None:  # noqa: F811
+def test_single_rows_that_later_updates_took_are_spared(opened: Opened) -> None:
     """An earlier update of a device comes after a later one of a message: it is written around."""
     opened.table()
     opened.rows(*(row(f"m{n}", "a1", n) for n in range(3)))
@@ -568,7 +570,7 @@ def test_single_rows_that_later_updates_took_are_spared(opened: Opened) -> None:
     assert seen(opened) == {"m0": "A", "m1": "B", "m2": "A"} == opened.column("user_id")
 
 
-def test_what_can_neither_be_published_nor_written_is_refused(opened: Opened) -> None:  # noqa: F811
+def test_what_can_neither_be_published_nor_written_is_refused(opened: Opened) -> None:
     """The text says why not the one, and what to add for the other; what stands, stands on."""
     opened.table(
         f"{EVENTS}, email Nullable(String)", rest=BY_OWNER, settings="allow_nullable_key = 1"
@@ -603,7 +605,7 @@ def test_what_can_neither_be_published_nor_written_is_refused(opened: Opened) ->
         "CREATE VIEW events_recognized AS SELECT 1 AS x",
     ],
 )
-def test_what_is_not_ours_is_left_alone(opened: Opened, statement: str) -> None:  # noqa: F811
+def test_what_is_not_ours_is_left_alone(opened: Opened, statement: str) -> None:
     """A table or view that has the view's name is somebody's: nothing is published."""
     opened.table()
     opened.client.command(statement)
@@ -620,7 +622,7 @@ def test_what_is_not_ours_is_left_alone(opened: Opened, statement: str) -> None:
     assert opened.made() == []
 
 
-def test_a_replicated_table_is_refused(opened: Opened) -> None:  # noqa: F811
+def test_a_replicated_table_is_refused(opened: Opened) -> None:
     """What is published is on one host alone."""
     opened.table()
     sink = opened.sink(strategy="override")
@@ -633,7 +635,7 @@ def test_a_replicated_table_is_refused(opened: Opened) -> None:  # noqa: F811
     assert "override is not possible, because each replica" in str(refused)
 
 
-def test_a_view_has_the_columns_that_the_table_has_now(opened: Opened) -> None:  # noqa: F811
+def test_a_view_has_the_columns_that_the_table_has_now(opened: Opened) -> None:
     """A column that is added appears with the next window; one that lines speak of is missed."""
     opened.table()
     opened.rows(row("m1", "a1", 1))
@@ -683,7 +685,7 @@ def _recover(sink: Any) -> None:
 
 
 def _interrupt(
-    opened: Opened,  # noqa: F811
+    opened: Opened,
     work: Callable[[Any], Any],
     then: Callable[[Any, int], None],
     step: int,
@@ -709,7 +711,7 @@ def _interrupt(
 
 @pytest.mark.parametrize("strategy", ["override", pytest.param("alter", marks=every)])
 def test_publishing_that_stops_anywhere_is_completed(
-    opened: Opened,  # noqa: F811
+    opened: Opened,
     strategy: str,
 ) -> None:
     """After each statement the worker is gone: who comes next completes it, by any strategy."""
@@ -735,7 +737,7 @@ def test_publishing_that_stops_anywhere_is_completed(
     assert _interrupt(opened, lambda sink: sink.apply(plan_updates(more)), then, 8) > 15
 
 
-def test_squashing_that_stops_anywhere_is_completed(opened: Opened) -> None:  # noqa: F811
+def test_squashing_that_stops_anywhere_is_completed(opened: Opened) -> None:
     """Before, in between and after readers see the same; another squash finishes it."""
     expected = {"m0": None, "m1": "u1", "m2": None, "m3": "u1"}
 
@@ -756,7 +758,7 @@ def test_squashing_that_stops_anywhere_is_completed(opened: Opened) -> None:  # 
 
 @pytest.mark.parametrize("begin", ["INSERT INTO `test`.`recognition_override_", "EXCHANGE TABLES"])
 def test_a_worker_that_was_taken_for_dead_publishes_nothing(
-    opened: Opened,  # noqa: F811
+    opened: Opened,
     begin: str,
 ) -> None:
     """It sleeps before a statement, another one applies what is later: it fails, and may retry."""
@@ -792,7 +794,7 @@ def test_a_worker_that_was_taken_for_dead_publishes_nothing(
     "begin", ["CREATE VIEW", "CREATE TABLE IF NOT EXISTS `test`.`recognition_s"]
 )
 def test_a_worker_that_was_taken_for_dead_squashes_nothing(
-    opened: Opened,  # noqa: F811
+    opened: Opened,
     begin: str,
 ) -> None:
     """It sleeps before it copies or forgets what stands, another one publishes: that stands."""
@@ -837,7 +839,7 @@ def test_a_definition_holds_numbers_and_names_of_types_alone() -> None:
         constant(sql("%", Parameter("Array(String)", [])))
 
 
-def test_a_plan_names_the_view_and_what_it_costs(opened: Opened) -> None:  # noqa: F811
+def test_a_plan_names_the_view_and_what_it_costs(opened: Opened) -> None:
     """`compile` shows the view, says who has to query it, and lists it where others are taken."""
     opened.table(f"{EVENTS}, `it's` Nullable(String)")
     opened.rows(*(row(f"m{n}", f"a{n}", n) for n in range(9)))
@@ -856,7 +858,7 @@ def test_a_plan_names_the_view_and_what_it_costs(opened: Opened) -> None:  # noq
     assert opened.client.command(f"EXPLAIN AST {said.partition(';')[0]}")
 
 
-def test_what_a_table_of_lines_says_can_be_read(opened: Opened) -> None:  # noqa: F811
+def test_what_a_table_of_lines_says_can_be_read(opened: Opened) -> None:
     """Its comment is the shape; one of a later version is refused, and nothing is written."""
     opened.table()
     opened.rows(row("m1", "a1", 1))
@@ -918,14 +920,14 @@ def _cases(draw: st.DrawFn) -> _Case:
     )
 
 
-def test_any_view_says_what_the_last_updates_say(engine: str) -> None:  # noqa: F811
+def test_any_view_says_what_the_last_updates_say(engine: str) -> None:
     """Random tables and windows in any order, squashes, other strategies and rows in between."""
 
     @settings(max_examples=max(1, EXAMPLES // 6), deadline=None, database=None)
     @given(_cases())
     def check(case: _Case) -> None:
-        client = clickhouse_connect.get_client(interface="chdb", path=engine)  # noqa: F811
-        opened = Opened(engine, client)  # noqa: F811
+        client = clickhouse_connect.get_client(interface="chdb", path=engine)
+        opened = Opened(engine, client)
         try:
             _check_case(opened, case)
         finally:
@@ -936,7 +938,7 @@ def test_any_view_says_what_the_last_updates_say(engine: str) -> None:  # noqa: 
     check()
 
 
-def _check_case(opened: Opened, case: _Case) -> None:  # noqa: F811
+def _check_case(opened: Opened, case: _Case) -> None:
     random = Random(case.seed)
     opened.client.command("DROP DATABASE IF EXISTS test SYNC")
     opened.client.command("CREATE DATABASE test")

@@ -19,7 +19,9 @@ from typing import Any
 import bson
 import pytest
 from pymongo import monitoring
+from pymongo.collection import Collection
 from pymongo.database import Database
+from pymongo.errors import AutoReconnect
 from pymongo.read_concern import ReadConcern
 
 import mongod
@@ -597,6 +599,40 @@ def test_processes_lease_different_updates(graph: MongoGraph, mongodb_url: str) 
     assert all(found), found
     assert len(positions) == len(set(positions)) == 200 - len(left)
     assert set(positions).isdisjoint(delivery.position for delivery in left)
+
+
+def test_a_lease_that_a_lost_primary_had_written_is_found(
+    graph: MongoGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Its successor shows it to majority reads a moment later: between two looks of the next try.
+
+    Nobody would have known of the lease, and no worker got its updates until it was over.
+    """
+    put_updates(graph, 3)
+    written: list[Callable[[], object]] = []
+    looks: list[object] = []
+    find, update_many = Collection.find, Collection.update_many
+
+    def lose_connection(collection: Any, *arguments: Any) -> object:
+        if not written:
+            written.append(lambda: update_many(collection, *arguments))
+            raise AutoReconnect("connection closed")
+        return update_many(collection, *arguments)
+
+    def see_it_late(collection: Any, *arguments: Any) -> object:
+        if collection.name == "outbox":
+            looks.append(arguments)
+            if len(looks) == 3:  # what is free; before it, whether some are ours
+                written[0]()
+        return find(collection, *arguments)
+
+    monkeypatch.setattr(Collection, "update_many", lose_connection)
+    monkeypatch.setattr(Collection, "find", see_it_late)
+    leased = graph.lease_updates(10, 600)
+
+    assert len(leased) == 3
+    assert len(looks) == 4
 
 
 def test_destination_that_is_behind_costs_the_others_nothing(mongodb_url: str) -> None:

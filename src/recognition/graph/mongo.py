@@ -978,24 +978,30 @@ class MongoGraph(StoredGraph):
         count = {"$add": [{"$ifNull": [f"${at}n", 0]}, 1]}
         leased_by = {f"{at}until": until, f"{at}holder": holder, f"{at}n": count}
         check_destination(destination, self.destinations())
-        tried: list[int] = []
+        tried: set[int] = set()
+
+        def mine() -> list[_Document]:
+            chosen = {"_id": {"$in": [*tried]}, f"{at}holder": holder}
+            return list(outbox.find(chosen).sort("_id", 1)) if tried else []
 
         def lease() -> list[_Document]:
             while True:
                 # Some of them may have been leased by another worker in between: if all, go on.
                 # And where the connection broke, they may be ours already.
-                mine = {"_id": {"$in": tried}, f"{at}holder": holder}
-                if tried and (leased := list(outbox.find(mine).sort("_id", 1))):
+                if leased := mine():
                     return leased
                 if destination:
-                    tried[:] = self._free(f"{at}until", limit)
+                    ids = self._free(f"{at}until", limit)
                 else:
-                    tried[:] = [
+                    ids = [
                         d["_id"] for d in outbox.find(free, {"_id": 1}).sort("_id", 1).limit(limit)
                     ]
-                if not tried:
-                    return []
-                outbox.update_many({**free, "_id": {"$in": tried}}, [{"$set": leased_by}])
+                if not ids:
+                    # What is free no more may have become ours since: what a primary had written
+                    # before it died is seen by majority reads only when its successor has.
+                    return mine()
+                tried.update(ids)
+                outbox.update_many({**free, "_id": {"$in": ids}}, [{"$set": leased_by}])
 
         return [_delivery(document, destination, 1) for document in self._patiently(lease)]
 

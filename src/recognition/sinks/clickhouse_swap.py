@@ -212,10 +212,6 @@ class Swap:
             **more,
         }
 
-    def clear(self) -> Fragment:
-        """Forget a copy."""
-        return sql("TRUNCATE TABLE % SYNC", self._aside)
-
     def replace(self) -> Fragment:
         """The swap."""
         return sql(
