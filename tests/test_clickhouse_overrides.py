@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from recognition.delivery import _find_unmatched
 from recognition.errors import ConfigurationError, SinkError, SinkUnavailableError, TableError
+from recognition.graph import Delivery
 from recognition.messages import Empty, Equals, Messages
 from recognition.planner import Shape, plan_updates
 from recognition.sinks import open_sink
@@ -159,16 +160,12 @@ def test_an_update_that_stands_misses_nothing(opened: Opened) -> None:
     """No row is counted, so delivery takes what an update expects as met; it asks again of none."""
     opened.table()
     plan = plan_updates([owner(1, "u1", device("a1"), expected_rows=3)])
-
-    class Leased(NamedTuple):
-        update: Any
-
-    leased = [Leased(owner(1, "u1", device("a1"), expected_rows=3))]
+    leased = [Delivery(1, owner(1, "u1", device("a1"), expected_rows=3), 1)]
 
     applied = opened.sink(strategy="override").apply(plan)
 
     # 0: it is not known, as of any range of a device.
-    assert _find_unmatched(leased, plan, applied) == {"events-1": 0}  # type: ignore[arg-type]
+    assert _find_unmatched(leased, plan, applied) == {"events-1": 0}
 
 
 def test_conditions_prune_through_the_view(opened: Opened) -> None:

@@ -346,14 +346,13 @@ def test_what_others_change_while_a_partition_is_copied_stays_changed(
     opened.table(f"{EVENTS}, note String", KEYED, f"{NUMBERED}, {PLAIN}")
     opened.rows(row("m1", "a1", 1, note=""), row("m2", "a2", 1, note=""))
     sink = opened.sink(**SWAP)
-    act = lambda: opened.client.command(change, settings={"mutations_sync": 1})  # noqa: E731
     server = sink._server
     done = []
 
     def rows(statement: Any) -> Any:
         found = type(server).rows(server, statement)
         if "hash_of_all_files" in statement.render()[0] and not done:
-            done.append(act())
+            done.append(opened.client.command(change, settings={"mutations_sync": 1}))
         return found
 
     server.rows = rows
